@@ -1,0 +1,1 @@
+"""Key-value caches that keep or quantise part of what they saw, for ``generate(past_key_values=...)``."""

@@ -1,0 +1,48 @@
+"""What the configs of all caches have in common, and how one is read from a name, a dict or a list."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from hf_ext.options import Options
+from hf_ext.registry import CACHES, look_up
+
+
+@dataclass(frozen=True)
+class CacheConfig(Options):
+    """Options of one kind of cache; ``type`` is the name users write for it."""
+
+    type: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option and the ``type``, as plain JSON values."""
+        return {"type": self.type, **super().to_dict()}
+
+
+def cache_config(value: CacheConfig | Mapping[str, Any] | str) -> CacheConfig:
+    """One cache config from a config, a name such as ``"sirllm"``, or a dict with ``type`` and options.
+
+    Raises:
+        ValueError: the type or an option does not exist, or ``value`` is none of these.
+    """
+    if isinstance(value, CacheConfig):
+        return value
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, Mapping) or "type" not in value:
+        raise ValueError(f"kv_cache must be a cache config, a name or a dict with a 'type', got {value!r}.")
+    options = {name: option for name, option in value.items() if name != "type"}
+    config: CacheConfig = look_up(CACHES, value["type"], "kind of cache").from_dict(options)
+    return config
+
+
+def cache_configs(value: Any) -> tuple[CacheConfig, ...]:
+    """The stack of cache configs, outermost first, that ``value`` describes.
+
+    Raises:
+        ValueError: the stack is empty or one of its members is no cache config.
+    """
+    stack = value if isinstance(value, list | tuple) else [value]
+    if not stack:
+        raise ValueError("kv_cache must name at least one cache, got an empty list.")
+    return tuple(cache_config(member) for member in stack)

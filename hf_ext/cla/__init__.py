@@ -1,0 +1,1 @@
+"""Cross-Layer Attention (arXiv 2405.12981): which layers share keys and values."""

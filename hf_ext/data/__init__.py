@@ -1,0 +1,1 @@
+"""Data pipelines: documents decomposed into buckets of one length."""

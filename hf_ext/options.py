@@ -1,0 +1,31 @@
+"""`Options`: the base of every configuration dataclass of hf_ext."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Options:
+    """A frozen dataclass of JSON values that reads itself from a dict and says in a sentence what is wrong with it.
+
+    Subclasses are frozen dataclasses with defaults for every field; they check values in ``__post_init__`` and raise
+    `ValueError` with the field, the value got and what is allowed.
+    """
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
+        """Build from a plain mapping.
+
+        Raises:
+            ValueError: a key is not an option of this class.
+        """
+        allowed = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in allowed:
+                raise ValueError(f"{cls.__name__} has no option {name!r}; allowed: {', '.join(allowed) or 'none'}.")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option as plain JSON values, so that a saved config keeps its meaning if a default changes."""
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""ReALLM: low-bit linear layers."""

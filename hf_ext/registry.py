@@ -1,0 +1,26 @@
+"""Names that users write, and the class each stands for, as ``module:attribute`` so that nothing loads before use."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+CACHES: dict[str, str] = {
+    "sirllm": "hf_ext.caches.sirllm:SirLLMConfig",
+}
+
+
+def load(reference: str) -> Any:
+    """Import the object that a ``module:attribute`` reference names."""
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def look_up(table: Mapping[str, str], name: str, kind: str) -> Any:
+    """The object registered under ``name``.
+
+    Raises:
+        ValueError: nothing is registered under ``name``; ``kind`` says in words what was looked for.
+    """
+    if name not in table:
+        raise ValueError(f"{name!r} is no {kind}; allowed: {', '.join(sorted(table))}.")
+    return load(table[name])

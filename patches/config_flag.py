@@ -1,0 +1,63 @@
+"""The ``hf_ext=`` flag of every transformers config, carried inside the host's own ``fusion_config``.
+
+``fusion_config`` is a named argument of ``from_pretrained``, is saved in config.json and read back, and a process
+without hf_ext refuses an unknown entry in it (``ValueError: Unknown fusion type: hf_ext``) instead of loading a wrong
+model. So the flag needs no host code to change: a property that reads and writes that entry, and the entry's name.
+"""
+
+from types import ModuleType
+from typing import Any
+
+from hf_ext.flags import HfExtConfig, parse_flags
+from hf_ext.patches.patch import Patch
+
+CARRIER = "fusion_config"
+NAME = "hf_ext"
+
+
+def open_flag(host: ModuleType, patch: Patch) -> None:
+    """Give every config the ``hf_ext`` property; ``from_pretrained`` accepts what the config has an attribute for."""
+    patch.add(host.PreTrainedConfig, NAME, property(get_flags, set_flags))
+
+
+def own_fusion_name(host: ModuleType, patch: Patch) -> None:
+    """Own the name ``hf_ext`` among the host's fusions, with a spec that fuses nothing."""
+
+    class NoFusion(host.ModuleFusionSpec):  # type: ignore[name-defined,misc]
+        """Matches no module: what the flag asks for is done by `hf_ext.patches.post_init`."""
+
+        def is_fusable(self, module: Any) -> bool:
+            return False
+
+        def make_transforms(self, config: Any) -> list[Any]:
+            return []
+
+    patch.set_item(host._FUSION_REGISTRY, NAME, NoFusion())
+
+
+def get_flags(config: Any) -> HfExtConfig | None:
+    """The flags on this config itself, or None."""
+    carrier = vars(config).get(CARRIER)
+    flags = carrier.get(NAME) if isinstance(carrier, dict) else None
+    return None if flags is None else parse_flags(flags)
+
+
+def set_flags(config: Any, value: Any) -> None:
+    """Store flags on this config, checked; None drops them."""
+    carrier = dict(vars(config).get(CARRIER) or {})
+    carrier.pop(NAME, None)
+    if value is not None:
+        carrier[NAME] = parse_flags(value).to_dict()
+    if carrier:
+        vars(config)[CARRIER] = carrier
+    else:
+        vars(config).pop(CARRIER, None)
+
+
+def find_flags(config: Any) -> HfExtConfig | None:
+    """The flags on this config or, for a composite config, on the text config inside it."""
+    flags = get_flags(config)
+    if flags is None:
+        text_config = config.get_text_config(decoder=True)
+        flags = None if text_config is config else get_flags(text_config)
+    return flags

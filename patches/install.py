@@ -1,0 +1,61 @@
+"""Opens hf_ext's seams in the host libraries as they are imported, and closes them again.
+
+Each seam is one function ``(host_module, patch) -> None`` that changes one host module through a `Patch`. It runs
+right after the host module is imported, or at once where that has happened already; nothing is imported early.
+"""
+
+import sys
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import wrapt
+
+from hf_ext.registry import load
+
+if TYPE_CHECKING:
+    from hf_ext.patches.patch import Patch
+
+SEAMS: tuple[tuple[str, str], ...] = (
+    ("transformers.configuration_utils", "hf_ext.patches.config_flag:open_flag"),
+    ("transformers.fusion_mapping", "hf_ext.patches.config_flag:own_fusion_name"),
+    ("transformers.modeling_utils", "hf_ext.patches.post_init:apply_flags_after_init"),
+    ("transformers.generation.configuration_utils", "hf_ext.patches.cache_names:allow_names"),
+    ("transformers.generation.utils", "hf_ext.patches.cache_names:build_named_caches"),
+)
+
+_open: dict[str, "Patch"] = {}  # seam -> its patch, in the order of opening
+_state = {"installed": False, "hooks_registered": False}
+
+
+def install() -> None:
+    """Open every seam, now or when its host module is imported. Calling it again changes nothing."""
+    _state["installed"] = True
+    for host, seam in SEAMS:
+        if host in sys.modules:
+            _open_seam(seam, sys.modules[host])
+        elif not _state["hooks_registered"]:
+            wrapt.register_post_import_hook(partial(_open_seam, seam), host)
+    _state["hooks_registered"] = True
+
+
+def uninstall() -> None:
+    """Put every object of the host libraries back as it was. Models that are already built keep what they have."""
+    _state["installed"] = False
+    while _open:
+        _, patch = _open.popitem()
+        patch.remove()
+
+
+def _open_seam(seam: str, host: ModuleType) -> None:
+    if not _state["installed"] or seam in _open:
+        return
+    from hf_ext.patches.patch import Patch  # torch is loaded by now: the hosts need it themselves
+
+    patch = Patch(seam)
+    try:
+        load(seam)(host, patch)
+    except BaseException:
+        patch.remove()
+        raise
+    _open[seam] = patch
