@@ -23,7 +23,7 @@ def open_flag(host: ModuleType, patch: Patch) -> None:
 def own_fusion_name(host: ModuleType, patch: Patch) -> None:
     """Own the name ``hf_ext`` among the host's fusions, with a spec that fuses nothing."""
 
-    class NoFusion(host.ModuleFusionSpec):  # type: ignore[name-defined,misc]
+    class NoFusion(host.ModuleFusionSpec):  # type: ignore[name-defined]
         """Matches no module: what the flag asks for is done by `hf_ext.patches.post_init`."""
 
         def is_fusable(self, module: Any) -> bool:

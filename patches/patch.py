@@ -21,13 +21,14 @@ class Patch:
         model(**inputs)                         # outside: as before, also when the block raised
         ```
 
-    Removing twice is harmless. Removing patches of the same attribute must happen in reverse order of setting;
-    otherwise `remove` raises instead of putting back something older than what another patch found.
+    Removing twice is harmless. Patches of the same attribute come off in the reverse order of setting; out of order,
+    `remove` raises and leaves everything as it is.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._undo = ExitStack()
+        self._values: dict[tuple[int, str], tuple[Any, Any]] = {}  # (owner id, attribute) -> owner, value set last
 
     def set(self, owner: Any, attribute: str, value: Any) -> None:
         """Set ``owner.attribute`` to ``value`` until this patch is removed.
@@ -68,13 +69,26 @@ class Patch:
         self._undo.callback(function, *args)
 
     def remove(self) -> None:
-        """Put everything back, last change first. What is already back stays as it is."""
+        """Put everything back, last change first.
+
+        Raises:
+            RuntimeError: something else has changed one of the attributes since; nothing is put back then.
+        """
+        for (_, attribute), (owner, value) in self._values.items():
+            if vars(owner).get(attribute) is not value:
+                raise RuntimeError(
+                    f"{self.name}: {attribute!r} of {_describe(owner)} was changed again after this patch; remove the "
+                    f"later change first."
+                )
+        self._values.clear()
         self._undo.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         self.remove()
 
     def _set(self, owner: Any, attribute: str, value: Any) -> None:
@@ -84,17 +98,10 @@ class Patch:
                 f"replaces plain attributes only."
             )
         own = vars(owner)
-        restore = partial(setattr, owner, attribute, own[attribute]) if attribute in own else None
+        undo = partial(setattr, owner, attribute, own[attribute]) if attribute in own else None
         setattr(owner, attribute, value)
-        self._undo.callback(self._restore, owner, attribute, value, restore or partial(delattr, owner, attribute))
-
-    def _restore(self, owner: Any, attribute: str, value: Any, restore: Callable[[], None]) -> None:
-        if vars(owner).get(attribute) is not value:
-            raise RuntimeError(
-                f"{self.name}: {attribute!r} of {_describe(owner)} was changed again after this patch; remove the "
-                f"later change first."
-            )
-        restore()
+        self._undo.callback(undo or partial(delattr, owner, attribute))
+        self._values[id(owner), attribute] = owner, value
 
 
 def _describe(owner: Any) -> str:
