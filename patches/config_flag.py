@@ -55,9 +55,7 @@ def set_flags(config: Any, value: Any) -> None:
 
 
 def find_flags(config: Any) -> HfExtConfig | None:
-    """The flags on this config or, for a composite config, on the text config inside it."""
+    """The flags on this config or, for a composite config, on the first config inside it that has some."""
     flags = get_flags(config)
-    if flags is None:
-        text_config = config.get_text_config(decoder=True)
-        flags = None if text_config is config else get_flags(text_config)
-    return flags
+    inner = (getattr(config, name, None) for name in config.sub_configs) if flags is None else ()
+    return flags or next((found for sub in inner if sub is not None and (found := find_flags(sub))), None)

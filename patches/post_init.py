@@ -9,7 +9,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from hf_ext.patches.config_flag import CARRIER, find_flags
+from hf_ext.patches.config_flag import find_flags
 from hf_ext.patches.patch import Patch
 from hf_ext.registry import load
 
@@ -33,10 +33,7 @@ def apply_flags_after_init(host: ModuleType, patch: Patch) -> None:
 
 def apply_flags(model: Any) -> None:
     """Apply every flag that the model's config carries."""
-    config = model.config
-    if not hasattr(config, CARRIER) and not hasattr(config, "sub_configs"):
-        return
-    flags = find_flags(config)
+    flags = find_flags(model.config)
     if flags is None:
         return
     for flag, apply in APPLY.items():
