@@ -58,4 +58,4 @@ def find_flags(config: Any) -> HfExtConfig | None:
     """The flags on this config or, for a composite config, on the first config inside it that has some."""
     flags = get_flags(config)
     inner = (getattr(config, name, None) for name in config.sub_configs) if flags is None else ()
-    return flags or next((found for sub in inner if sub is not None and (found := find_flags(sub))), None)
+    return flags or next((found for sub in inner if hasattr(sub, "sub_configs") and (found := find_flags(sub))), None)
