@@ -1,3 +1,4 @@
+from .caches.sink_window import SinkWindowConfig as SinkWindowConfig
 from .caches.sirllm import SirLLMConfig as SirLLMConfig
 from .cla.config import CLAConfig as CLAConfig
 from .flags import HfExtConfig as HfExtConfig

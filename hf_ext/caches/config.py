@@ -14,6 +14,23 @@ class CacheConfig(Options):
 
     type: ClassVar[str]
 
+    def check(self, model_config: Any) -> None:
+        """Refuse a model that this cache cannot serve, beyond what no cache can; raise `ValueError` with a sentence."""
+
+    def build(self, model: Any, inner: "tuple[CacheConfig, ...]") -> Any:
+        """A new `HfExtCache` for ``model``; ``inner`` are the caches it is to be wrapped around, outermost first.
+
+        Raises:
+            ValueError: this cache cannot be wrapped around those.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how to build its cache.")
+
+    def refuse_inner(self, inner: "tuple[CacheConfig, ...]") -> None:
+        """Raise `ValueError` unless ``inner`` is empty, for caches that wrap no other."""
+        if inner:
+            names = ", ".join(config.type for config in inner)
+            raise ValueError(f"the {self.type} cache cannot be wrapped around another, got {names}.")
+
     def to_dict(self) -> dict[str, Any]:
         """Every option and the ``type``, as plain JSON values."""
         return {"type": self.type, **super().to_dict()}
