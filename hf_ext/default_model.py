@@ -28,10 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where the converted default model lies: a folder of its own under ``HF_HOME``, read at each call."""
-    from huggingface_hub import constants
-
-    home = Path(os.environ.get("HF_HOME") or constants.HF_HOME).expanduser()
+    """Where the converted default model lies: a folder of its own under ``HF_HOME``, by the hub's rule for that."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = Path(os.environ.get("HF_HOME") or Path(caches, "huggingface")).expanduser()
     return home / "hf_ext" / "models" / "SmolLM2-135M-Instruct"
 
 
