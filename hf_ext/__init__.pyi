@@ -10,5 +10,11 @@ from .patches.caches import make_cache as make_cache
 from .patches.install import install as install
 from .patches.install import uninstall as uninstall
 from .trainers.fadam import FAdamTrainerMixin as FAdamTrainerMixin
+from .trainers.adpo_config import ADPOConfig as ADPOConfig
+from .trainers.adpo_trainer import ADPOTrainer as ADPOTrainer
+from .trainers.spo_config import SPOConfig as SPOConfig
+from .trainers.spo_pipeline import SPOPipeline as SPOPipeline
+from .trainers.spo_pipeline import SPORound as SPORound
+from .trainers.spo_trainer import SPOTrainer as SPOTrainer
 
 __version__: str
