@@ -31,11 +31,10 @@ class HfExtCache(RowState, Cache):
 
     def __init__(self, config: CacheConfig, model: Any) -> None:
         text_config = model.config.get_text_config(decoder=True)
-        layers = DynamicCache(config=text_config).layers
-        layers = [
-            self.make_layer(index) if type(layer) is DynamicLayer else layer for index, layer in enumerate(layers)
-        ]
-        super().__init__(layers=layers)
+        host = DynamicCache(config=text_config).layers
+        super().__init__(
+            layers=[self.make_layer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(host)]
+        )
         self.config = config
         self.committed = 0
         self.record_past = False

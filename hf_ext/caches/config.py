@@ -15,7 +15,7 @@ class CacheConfig(Options):
     type: ClassVar[str]
 
     def check(self, model_config: Any) -> None:
-        """Refuse a model that this cache cannot serve, beyond what no cache can; raise `ValueError` with a sentence."""
+        """Raise `ValueError` for a model that this cache cannot serve, beyond those that no cache can."""
 
     def build(self, model: Any, inner: "tuple[CacheConfig, ...]") -> Any:
         """A new `HfExtCache` for ``model``; ``inner`` are the caches it is to be wrapped around, outermost first.

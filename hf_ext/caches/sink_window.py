@@ -55,7 +55,7 @@ class SinkWindowCache(StreamingCache):
         dense = config.positions == "dense"
         super().__init__(config, model, config.capacity, config.sink_size, dense, config.block_size)
 
-    def choose(self, keep: int, coming: int) -> Tensor:
+    def choose(self, keep: Tensor, coming: Tensor) -> tuple[Tensor, Tensor]:
         """Sinks and the latest tokens."""
         assert self.real is not None
         return keep_slots(self.real, keep, self.sinks)

@@ -88,7 +88,16 @@ class SirLLMConfig(CacheConfig):
 
 @dataclass(frozen=True)
 class RememberedToken:
-    """One stored token: its row, id, stored entropy in nats, index among the tokens seen, turn, and why it is there."""
+    """One stored token.
+
+    Attributes:
+        row: row of the batch.
+        token_id: the token.
+        entropy: its stored entropy in nats, decayed.
+        position: its index among the tokens its row saw, pads included.
+        turn: the turn it came in, from 0.
+        kind: why it is there: ``"sink"``, ``"memory"`` or ``"recent"``.
+    """
 
     row: int
     token_id: int
@@ -175,11 +184,10 @@ class SirLLMCache(StreamingCache):
         """
         if forward.input_ids is None:
             raise ValueError("the sirllm cache needs input_ids; this forward was given inputs_embeds.")
-        if forward.length > 1 and self.answered and self.config.auto_turn and not self.record_past:
-            self.undo_interrupted()
-            self.make_room(forward.length)
-            self.new_turn()
+        turn_begins = forward.length > 1 and self.answered and self.config.auto_turn and not self.record_past
         super().begin_forward(forward)
+        if turn_begins:
+            self.new_turn()
 
     def end_forward(self, forward: Forward, hidden_states: Tensor) -> None:
         """Note the new tokens with their entropies."""
@@ -224,10 +232,10 @@ class SirLLMCache(StreamingCache):
 
     # --- what goes -----------------------------------------------------------------------------------------------
 
-    def choose(self, keep: int, coming: int) -> Tensor:
+    def choose(self, keep: Tensor, coming: Tensor) -> tuple[Tensor, Tensor]:
         """The paper's choice."""
         assert self.real is not None
-        memory = max(self.config.memory_size - coming, 0)
+        memory = (self.config.memory_size - coming).clamp(min=0)
         return keep_slots(self.real, keep, self.sinks, self.entropy, memory)
 
     @property

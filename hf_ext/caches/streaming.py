@@ -33,11 +33,11 @@ class StreamingCache(HfExtCache):
         ordinals: ``[B, P]`` index of each stored token among those its row saw, pads included.
         real: ``[B, P]``, False for padding.
         next_position: ``[B]`` position of the next token.
-        moved: tokens went, so positions are dense and differ from those the host counts.
+        compacted: tokens went, so that slots and (dense) positions are no longer those the host counts.
     """
 
     row_tensors = ("positions", "ordinals", "real", "next_position")
-    plain_values = (*HfExtCache.plain_values, "moved", "uncommitted")
+    plain_values = (*HfExtCache.plain_values, "compacted", "uncommitted")
 
     def __init__(self, config: CacheConfig, model: Any, capacity: int, sinks: int, dense: bool, block: int) -> None:
         super().__init__(config, model)
@@ -49,12 +49,12 @@ class StreamingCache(HfExtCache):
         self.ordinals: Tensor | None = None
         self.real: Tensor | None = None
         self.next_position: Tensor | None = None
-        self.moved = False
+        self.compacted = False
         self.uncommitted = 0
         self._new: dict[str, Tensor] = {}
 
-    def choose(self, keep: int, coming: int) -> Tensor:
-        """The slots ``[B, keep]`` that stay when ``coming`` more tokens are expected."""
+    def choose(self, keep: Tensor, coming: Tensor) -> tuple[Tensor, Tensor]:
+        """`keep_slots` for rows that keep ``keep [B]`` tokens when ``coming [B]`` more are expected."""
         raise NotImplementedError
 
     # --- one forward ---------------------------------------------------------------------------------------------
@@ -64,9 +64,9 @@ class StreamingCache(HfExtCache):
         super().begin_forward(forward)
         if self.uncommitted > UNCOMMITTED:
             self.record_past = False
-        self.make_room(forward.length)
         real = self._real_of_new(forward)
-        if self.moved:
+        self.make_room(forward.length, real)
+        if self.compacted:
             self._place(forward, real)
         positions = forward.position_ids
         if positions is None:
@@ -86,7 +86,7 @@ class StreamingCache(HfExtCache):
         if self.record_past:
             self.uncommitted += forward.length
         elif self.stored > self.capacity and forward.length > 1:
-            self.evict(self.capacity, 0)
+            self.evict(0)
 
     def append(self, new: dict[str, Tensor]) -> None:
         """Append ``[B, q]`` tensors to the row tensors of those names."""
@@ -94,15 +94,14 @@ class StreamingCache(HfExtCache):
             old = getattr(self, name)
             setattr(self, name, tensor.clone() if old is None else torch.cat([old, tensor.to(old.device)], dim=-1))
 
-    def make_room(self, coming: int) -> None:
-        """Drop what must go so that ``coming`` more tokens fit."""
-        if self.record_past or self.stored == 0 or self.stored + coming <= self.capacity:
+    def make_room(self, length: int, real: Tensor | None = None) -> None:
+        """Drop what must go so that ``length`` more tokens fit, of which ``real`` ``[B, length]`` are no padding."""
+        if self.record_past or self.stored == 0 or self.stored + length <= self.capacity:
             return
-        if coming == 1:
-            if self.block == 0:
-                return
-            coming = self.block
-        self.evict(min(self.stored, max(self.capacity - coming, self.sinks)), coming)
+        if length > 1:
+            self.evict(length if real is None else real.sum(-1))
+        elif self.block > 0:
+            self.evict(1, self.block)
 
     def _real_of_new(self, forward: Forward) -> Tensor:
         mask = forward.attention_mask
@@ -128,14 +127,24 @@ class StreamingCache(HfExtCache):
     # --- what goes and where the rest moves ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def evict(self, keep: int, coming: int) -> None:
-        """Keep ``keep`` tokens of each row, when ``coming`` more are expected."""
-        slots = self.choose(keep, coming)
+    def evict(self, coming: Tensor | int, freed: int | None = None) -> None:
+        """In each row that ``coming`` more tokens would fill beyond the capacity, free that many slots or ``freed``.
+
+        Other rows keep every token; padding goes from all.
+        """
+        assert self.real is not None
+        stored = self.real.sum(-1)
+        coming = torch.zeros_like(stored) + coming
+        due = stored + coming > self.capacity
+        room = coming if freed is None else torch.zeros_like(coming) + freed
+        keep = torch.where(due, (self.capacity - room).clamp(min=self.sinks), stored)
+        slots, real = self.choose(keep, torch.where(due, room, 0))
         for layer in self.own_layers:
             layer.keep(slots.to(layer.keys.device))
         for name in self.slot_tensors:
             setattr(self, name, getattr(self, name).gather(-1, slots))
-        self.moved = True
+        self.real = real
+        self.compacted = True
         if self.dense:
             self._move_down()
 
@@ -178,9 +187,9 @@ class StreamingCache(HfExtCache):
         super().crop(tokens_to_remove)
         self.uncommitted = 0
         if self.stored > self.capacity and self.block > 0:
-            self.evict(self.capacity, 0)
+            self.evict(0)
 
     def reset(self) -> None:
         """Forget everything; the cache can be used again."""
         super().reset()
-        self.moved, self.uncommitted, self._new = False, 0, {}
+        self.compacted, self.uncommitted, self._new = False, 0, {}

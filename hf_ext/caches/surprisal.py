@@ -1,4 +1,4 @@
-"""Token entropy: how surprising each token was, in nats, from hidden states and the output head, a few rows at a time."""
+"""Token entropy, how surprising each token was in nats: from hidden states and the output head, in chunks of rows."""
 
 from typing import Any
 
