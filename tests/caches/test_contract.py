@@ -1,0 +1,270 @@
+"""What every registered cache keeps true. A new cache joins with one line in `SMALL` and one in `LOSSLESS`."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_ext import make_cache
+from hf_ext.registry import CACHES
+from hf_ext.testing import assert_close, ragged_batch, tiny_model
+
+# Options so small that 40 tokens meet them, and options under which nothing at all may change (None: there are none).
+SMALL = {
+    "sink_window": {"sink_size": 2, "window_size": 14, "block_size": 4},
+    "sirllm": {"sink_size": 2, "memory_size": 8, "recent_size": 6, "block_size": 4},
+}
+LOSSLESS = {"sink_window": {"window_size": 200}, "sirllm": {"memory_size": 100, "recent_size": 100}}
+
+ALL = pytest.mark.parametrize("kind", sorted(CACHES))
+WITHOUT_LOSS = pytest.mark.parametrize("kind", [kind for kind in sorted(CACHES) if LOSSLESS.get(kind) is not None])
+PROMPT = ragged_batch([12, 7, 3])
+
+
+def small(model, kind):
+    return make_cache(model, kind, **SMALL[kind])
+
+
+def generate(model, cache, inputs=PROMPT, **options):
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, **options}
+    return model.generate(**inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options)
+
+
+def feed(model, cache, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=cache).logits
+
+
+@ALL
+def test_every_registered_cache_is_tested_here(kind):
+    assert kind in SMALL
+    assert kind in LOSSLESS
+
+
+@WITHOUT_LOSS
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_with_room_for_all_it_is_dynamic_cache_bit_for_bit(kind, attention):
+    model = tiny_model(attn_implementation=attention)
+    ours = generate(model, make_cache(model, kind, **LOSSLESS[kind]))
+    host = generate(model, DynamicCache(config=model.config))
+    assert torch.equal(ours.sequences, host.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(ours.logits, host.logits, strict=True))
+
+
+@WITHOUT_LOSS
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"prefill_chunk_size": 5}, {"prompt_lookup_num_tokens": 3}],
+    ids=lambda o: next(iter(o)),
+)
+def test_with_room_for_all_every_way_of_decoding_agrees(kind, options):
+    model = tiny_model()
+    inputs = PROMPT if "prompt_lookup_num_tokens" not in options else ragged_batch([12])
+    ours = generate(model, make_cache(model, kind, **LOSSLESS[kind]), inputs, **options)
+    host = generate(model, DynamicCache(config=model.config), inputs, **options)
+    assert torch.equal(ours.sequences, host.sequences)
+
+
+@ALL
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}, {"prompt_lookup_num_tokens": 3}, {"num_return_sequences": 2}],
+    ids=lambda options: next(iter(options), "greedy"),
+)
+def test_every_way_of_decoding_runs_and_counts_what_it_saw(kind, options):
+    model = tiny_model()
+    inputs = PROMPT if "prompt_lookup_num_tokens" not in options else ragged_batch([12])
+    if "num_return_sequences" in options:
+        options = {**options, "do_sample": True}
+    cache = small(model, kind)
+    out = generate(model, cache, inputs, **options)
+    assert cache.get_seq_length() == out.sequences.shape[1] - 1
+    for layer in cache.own_layers:
+        assert layer.seen == cache.get_seq_length()
+        length, offset = layer.get_mask_sizes(3)
+        assert length + offset == layer.seen + 3
+
+
+@ALL
+def test_a_second_turn_is_fed_its_own_tokens_only(kind):
+    model, cache = tiny_model(), None
+    cache = small(model, kind)
+    first = generate(model, cache, ragged_batch([12]), max_new_tokens=6, min_new_tokens=6).sequences
+    seen = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+    history = torch.cat([first, ragged_batch([5], seed=3)["input_ids"]], dim=1)
+    generate(model, cache, {"input_ids": history}, max_new_tokens=3, min_new_tokens=3)
+    handle.remove()
+    assert seen == [6, 1, 1]  # the last token of the answer, the 5 new ones, then one at a time
+
+
+@ALL
+def test_bytes_are_those_of_the_storages(kind):
+    model = tiny_model()
+    cache = small(model, kind)
+    assert cache.nbytes() == 0
+    generate(model, cache)
+    counted = {}
+    tensors = [t for _, owner in cache._owners() for t in vars(owner).values() if isinstance(t, torch.Tensor)]
+    for tensor in tensors:
+        counted[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    assert cache.nbytes() == pytest.approx(sum(counted.values()), rel=0.01)
+    assert sum(cache.nbytes_by_component().values()) == cache.nbytes()
+
+
+@ALL
+def test_reset_makes_it_new(kind):
+    model = tiny_model()
+    used, fresh = small(model, kind), small(model, kind)
+    generate(model, used)
+    used.reset()
+    assert used.nbytes() == 0
+    assert used.get_seq_length() == 0
+    assert all(
+        torch.equal(a, b) for a, b in zip(generate(model, used).logits, generate(model, fresh).logits, strict=True)
+    )
+
+
+def copies(model, cache, folder):
+    cache.save(folder / "cache.safetensors")
+    return {
+        "file": make_cache(model, cache.config).load(folder / "cache.safetensors"),
+        "state_dict": make_cache(model, cache.config).load_state_dict(cache.state_dict()),
+        "deepcopy": copy.deepcopy(cache),
+        "pickle": pickle.loads(pickle.dumps(cache)),
+    }
+
+
+@ALL
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_saved_or_copied_cache_goes_on_as_the_first(kind, family, tmp_path):
+    model = tiny_model(family)
+    cache = small(model, kind)
+    generate(model, cache)
+    twins = copies(model, cache, tmp_path)
+    tail = torch.randint(3, 128, (3, 9))
+    expected = [feed(model, cache, piece) for piece in tail.split([1, 5, 3], dim=1)]
+    for name, twin in twins.items():
+        for want, piece in zip(expected, tail.split([1, 5, 3], dim=1), strict=True):
+            assert torch.equal(want, feed(model, twin, piece)), name
+        assert twin.nbytes() == pytest.approx(cache.nbytes(), rel=0.01)
+
+
+@ALL
+def test_files_that_are_no_such_cache_are_refused(kind, tmp_path):
+    model = tiny_model()
+    cache = small(model, kind)
+    generate(model, cache)
+    path = tmp_path / "cache.safetensors"
+    cache.save(path)
+    with pytest.raises(ValueError, match="layers"):
+        make_cache(tiny_model(num_hidden_layers=2), kind, **SMALL[kind]).load(path)
+    if LOSSLESS[kind]:
+        with pytest.raises(ValueError, match="options"):
+            make_cache(model, kind, **LOSSLESS[kind]).load(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        small(model, kind).load(path)
+    with pytest.raises(OSError, match="no saved cache at"):
+        small(model, kind).load(tmp_path / "nothing")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@ALL
+def test_rows_can_be_chosen_repeated_and_reordered(kind):
+    model = tiny_model()
+    cache = small(model, kind)
+    generate(model, cache)
+    swapped, repeated, chosen = (copy.deepcopy(cache) for _ in range(3))
+    swapped.reorder_cache(torch.tensor([2, 0, 1]))
+    repeated.batch_repeat_interleave(2)
+    chosen.batch_select_indices(torch.tensor([1]))
+    tail = torch.randint(3, 128, (3, 4))
+    expected = feed(model, cache, tail)
+    assert_close("reorder", expected[[2, 0, 1]], feed(model, swapped, tail[[2, 0, 1]]), 1e-5)
+    assert_close("repeat", expected.repeat_interleave(2, 0), feed(model, repeated, tail.repeat_interleave(2, 0)), 1e-5)
+    assert_close("select", expected[1:2], feed(model, chosen, tail[1:2]), 1e-4)
+
+
+@ALL
+def test_crop_takes_back_what_was_recorded(kind):
+    model = tiny_model()
+    straight, back = small(model, kind), small(model, kind)
+    ids = torch.randint(3, 128, (2, 12))
+    for cache in (straight, back):
+        feed(model, cache, ids[:, :8])
+    back.activate_past_recording()
+    feed(model, back, ids[:, 2:6])
+    back.crop(-4)
+    assert back.get_seq_length() == 8
+    assert_close("logits", feed(model, straight, ids[:, 8:]), feed(model, back, ids[:, 8:]), 1e-5)
+    with pytest.raises(ValueError, match="negative"):
+        back.crop(1)
+    with pytest.raises(ValueError, match="cannot remove"):
+        back.crop(-13)
+
+
+@ALL
+def test_an_interrupted_forward_is_taken_back(kind):
+    model = tiny_model()
+    straight, broken = small(model, kind), small(model, kind)
+    ids = torch.randint(3, 128, (2, 30))
+    for cache in (straight, broken):
+        feed(model, cache, ids[:, :9])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, broken, ids[:, 9:12])
+    handle.remove()
+    assert broken.get_seq_length() == 9
+    assert_close("logits", feed(model, straight, ids[:, 12:]), feed(model, broken, ids[:, 12:]), 1e-5)
+
+
+@ALL
+def test_it_moves_between_devices_with_all_it_holds(kind):
+    model = tiny_model()
+    cache = small(model, kind)
+    generate(model, cache)
+    before = feed(model, copy.deepcopy(cache), PROMPT["input_ids"])
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    assert torch.equal(before, feed(model, cache, PROMPT["input_ids"]))
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_it_keeps_the_models_dtype(kind, dtype):
+    model = tiny_model().to(dtype)
+    cache = small(model, kind)
+    out = generate(model, cache)
+    assert all(torch.isfinite(logits).all() for logits in out.logits)
+    assert feed(model, cache, PROMPT["input_ids"]).dtype == dtype
+
+
+@ALL
+def test_models_it_cannot_serve_are_refused(kind):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=32))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        make_cache(t5, kind)
+    with pytest.raises(ValueError, match="none of its 4 layers has full attention"):
+        make_cache(tiny_model("mistral"), kind)
+
+
+@ALL
+def test_it_serves_one_model_with_hooks_only(kind):
+    model, other = tiny_model(), tiny_model(seed=1)
+    cache = small(model, kind)
+    feed(model, cache, PROMPT["input_ids"])
+    small(other, kind)
+    with pytest.raises(ValueError, match="made for another model"):
+        feed(other, cache, PROMPT["input_ids"])
+    with pytest.raises(RuntimeError, match="no hooks"):
+        feed(tiny_model(seed=2), small(model, kind), PROMPT["input_ids"])
