@@ -104,8 +104,8 @@ class ForwardHooks:
 
 
 def _describe(decoder: nn.Module, head: nn.Module | None, kwargs: dict[str, Any]) -> Forward:
-    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    inputs = ids if ids is not None else embeds
+    ids = kwargs.get("input_ids")
+    inputs: Tensor = ids if ids is not None else kwargs["inputs_embeds"]
     return Forward(
         decoder=decoder,
         head=head,

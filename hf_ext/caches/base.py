@@ -4,7 +4,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -27,7 +27,7 @@ class HfExtCache(RowState, Cache):
         record_past: nothing is dropped until `crop`.
     """
 
-    plain_values = ("committed",)
+    plain_values: ClassVar[tuple[str, ...]] = ("committed",)
 
     def __init__(self, config: CacheConfig, model: Any) -> None:
         text_config = model.config.get_text_config(decoder=True)
@@ -206,7 +206,8 @@ class HfExtCache(RowState, Cache):
         """Copy everything but the model it belongs to, which the copy shares."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        for name, value in vars(self).items():
+            setattr(new, name, copy.deepcopy(value, memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:

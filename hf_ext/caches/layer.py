@@ -1,6 +1,6 @@
 """`HfExtLayer`: one layer's keys and values, of which it may store fewer tokens than it saw."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
@@ -27,8 +27,11 @@ class HfExtLayer(RowState, DynamicLayer):
         record_past: nothing is dropped until `crop`, so that rejected tokens can be taken back.
     """
 
-    row_tensors = ("keys", "values")
-    plain_values = ("seen",)
+    row_tensors: ClassVar[tuple[str, ...]] = ("keys", "values")
+    plain_values: ClassVar[tuple[str, ...]] = ("seen",)
+
+    keys: Any
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()

@@ -117,8 +117,8 @@ class SirLLMCache(StreamingCache):
         turn: number of the current turn, from 0.
     """
 
-    row_tensors = (*StreamingCache.row_tensors, "ids", "entropy", "turns", "hidden", "logits")
-    plain_values = (*StreamingCache.plain_values, "turn", "answered")
+    row_tensors: ClassVar[tuple[str, ...]] = (*StreamingCache.row_tensors, "ids", "entropy", "turns", "hidden", "logits")
+    plain_values: ClassVar[tuple[str, ...]] = (*StreamingCache.plain_values, "turn", "answered")
     config: SirLLMConfig
 
     def __init__(self, config: SirLLMConfig, model: Any) -> None:

@@ -7,7 +7,7 @@ falls, hence at most as often as the budget has tokens. Nothing is moved or reor
 until then the numbers are those of `DynamicCache`, bit for bit.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ class StreamingCache(HfExtCache):
         compacted: tokens went, so that slots and (dense) positions are no longer those the host counts.
     """
 
-    row_tensors = ("positions", "ordinals", "real", "next_position")
-    plain_values = (*HfExtCache.plain_values, "compacted", "uncommitted")
+    row_tensors: ClassVar[tuple[str, ...]] = ("positions", "ordinals", "real", "next_position")
+    plain_values: ClassVar[tuple[str, ...]] = (*HfExtCache.plain_values, "compacted", "uncommitted")
 
     def __init__(self, config: CacheConfig, model: Any, capacity: int, sinks: int, dense: bool, block: int) -> None:
         super().__init__(config, model)
