@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 
 SEAMS: tuple[tuple[str, str], ...] = (
     ("transformers.configuration_utils", "hf_ext.patches.config_flag:open_flag"),
+    ("transformers.configuration_utils", "hf_ext.patches.cla_config:open_sharing_modes"),
     ("transformers.fusion_mapping", "hf_ext.patches.config_flag:own_fusion_name"),
     ("transformers.modeling_utils", "hf_ext.patches.post_init:apply_flags_after_init"),
+    ("transformers.modeling_utils", "hf_ext.patches.cla_config:count_kv_bytes"),
+    ("transformers.modeling_utils", "hf_ext.patches.cla_loading:read_dense_weights"),
+    ("transformers.modeling_utils", "hf_ext.patches.cla_loading:check_loaded_weights"),
+    ("transformers.modeling_utils", "hf_ext.patches.cla_training:refuse_reentrant_checkpointing"),
+    ("peft.peft_model", "hf_ext.patches.cla_training:report_dropped_adapter_weights"),
+    ("peft.tuners.tuners_utils", "hf_ext.patches.cla_training:explain_missing_targets"),
+    ("transformers.quantizers.auto", "hf_ext.patches.quantizers:register_reallm"),
     ("transformers.generation.configuration_utils", "hf_ext.patches.cache_names:allow_names"),
     ("transformers.generation.utils", "hf_ext.patches.cache_names:build_named_caches"),
+    ("transformers.training_args", "hf_ext.patches.optimizer_names:add_name"),
+    ("transformers.trainer_optimizer", "hf_ext.patches.optimizer_names:add_handler"),
 )
 
 _open: dict[str, "Patch"] = {}  # seam -> its patch, in the order of opening

@@ -15,6 +15,7 @@ from hf_ext.registry import load
 
 # Flag -> the function (model, value of the flag) -> None that applies it; each leaves alone what is already applied.
 APPLY: dict[str, str] = {
+    "cla": "hf_ext.patches.cla:apply_flag",
     "kv_cache": "hf_ext.patches.caches:check_flag",
 }
 
