@@ -117,7 +117,10 @@ class SirLLMCache(StreamingCache):
         turn: number of the current turn, from 0.
     """
 
-    row_tensors: ClassVar[tuple[str, ...]] = (*StreamingCache.row_tensors, "ids", "entropy", "turns", "hidden", "logits")
+    row_tensors: ClassVar[tuple[str, ...]] = (
+        *StreamingCache.row_tensors,
+        *("ids", "entropy", "turns", "hidden", "logits"),
+    )
     plain_values: ClassVar[tuple[str, ...]] = (*StreamingCache.plain_values, "turn", "answered")
     config: SirLLMConfig
 
