@@ -16,24 +16,24 @@ TOXIC_COLUMNS = ("toxic_ids", "control_prompt_ids", "control_toxic_ids")
 
 
 def split_prompt(example: dict[str, Any], column: str) -> dict[str, Any]:
-    """Take the prompt that chosen and rejected share off all three responses.
+    """Take the prompt that all three responses begin with off them; text is cut before a space.
 
     Raises:
         ValueError: the toxic response begins differently.
     """
-    toxic = example[column]
-    split = extract_prompt(example)
-    prompt, chosen = split["prompt"], split["chosen"]
-    if isinstance(example["chosen"], str):
-        prompt = example["chosen"][: len(example["chosen"]) - len(chosen)]
+    toxic, pair = example[column], extract_prompt(example)
     if not toxic:
-        return {**split, column: toxic}
-    if toxic[: len(prompt)] != prompt:
+        return {**pair, column: toxic}
+    shared = example["chosen"][: len(example["chosen"]) - len(pair["chosen"])]
+    length = common_prefix_length(shared, toxic)
+    if isinstance(toxic, str) and length < len(shared):
+        length = max(0, toxic[:length].rfind(" "))
+    if shared and not length:
         raise ValueError(
             f"A response in column {column!r} does not begin with the prompt that 'chosen' and 'rejected' share; give "
             f"the prompt in a column of its own."
         )
-    return {**split, column: toxic[len(prompt) :]}
+    return {"prompt": toxic[:length], **{name: example[name][length:] for name in ("chosen", "rejected", column)}}
 
 
 def tokenize_toxic(example: dict[str, Any], processing_class: Any, eos_token: str, args: ADPOConfig) -> dict[str, Any]:

@@ -61,8 +61,23 @@ def reload_would_differ(model: Any) -> bool:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that no optimiser touches: the policy as it is now, whatever was changed in memory."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    """A copy in eval mode that no optimiser touches: the policy as it is now, whatever was changed in memory.
+
+    A fused forward from an earlier trainer closes over the model it was made for, so it is left out of the copy,
+    which would otherwise answer with the original's weights.
+    """
+    forward = vars(model).get("forward")
+    fused = "fused_lm_head" in getattr(getattr(forward, "__code__", None), "co_varnames", ())
+    if fused:
+        del model.forward
+    try:
+        copied = copy.deepcopy(model)
+    finally:
+        if fused:
+            model.forward = forward
+    for mark in ("_hf_ext_scores_through_head", "_hf_ext_fused_head"):
+        vars(copied).pop(mark, None)
+    return copied.eval().requires_grad_(False)
 
 
 def head_hides_its_weight(head: Any) -> bool:

@@ -24,7 +24,7 @@ class SPOConfig(DPOConfig):
 
     round_index: int | None = field(
         default=None,
-        metadata={"help": "n, counted from 1; by default one more than the rounds in the manifest, or 1 without one."},
+        metadata={"help": "n, counted from 1; by default one more than the rounds in the manifest or in prev_betas."},
     )
     dimension: str | None = field(
         default=None, metadata={"help": "Name of this round's preference dimension, for the manifest and the card."}
@@ -114,7 +114,7 @@ def make_plan(config: SPOConfig, earlier: Sequence[dict[str, Any]] = ()) -> SPOP
     Raises:
         ValueError: options and manifest disagree about the number of rounds, or the loss cannot take the reference.
     """
-    index = config.round_index or len(earlier) + 1
+    index = config.round_index or len(earlier or config.prev_betas or ()) + 1
     if earlier and index != len(earlier) + 1:
         raise ValueError(
             f"round_index is {index}, but the manifest {config.manifest!r} ends with round {len(earlier)}; the next "

@@ -46,9 +46,8 @@ class SPOPipeline:
 
     Example:
         ```python
-        pipeline = SPOPipeline("sft-model", [SPORound("harmless", safe, safe_eval), SPORound("helpful", help, help_eval)],
-                               SPOConfig("out", beta=0.1))
-        pipeline.run()  # out/round_1, out/round_2 and out/spo_rounds.json
+        rounds = [SPORound("harmless", safe, safe_eval), SPORound("helpful", useful, useful_eval)]
+        SPOPipeline("sft-model", rounds, SPOConfig("out", beta=0.1)).run()  # out/round_1, out/round_2
         ```
 
     Accuracy and margin of a dimension are those of ``D (log pi_n - log pi_0)`` on its evaluation pairs: the total
@@ -92,7 +91,7 @@ class SPOPipeline:
             trainer.train(resume_from_checkpoint=_last_checkpoint(trainer.args.output_dir))
             records.append({"round": number, **self._evaluate(trainer, number, records)})
             trainer.save_model()
-            self._write(records)
+            self._write(trainer, records)
         return records
 
     def _round_folder(self, number: int) -> Path:
@@ -129,7 +128,7 @@ class SPOPipeline:
         return SPOTrainer(model, args=args, train_dataset=spo_round.train_dataset, **trainer_options)
 
     def _measure_start(self, trainer: SPOTrainer, number: int) -> None:
-        """Margins of ``pi_0``: the first round's trainer starts with it; later they are read from where it left them."""
+        """Margins of ``pi_0``: the first round's trainer starts with it, later rounds read what that one stored."""
         stored = self.folder / "start_margins.json"
         if number == 1:
             self._start = {
@@ -161,7 +160,9 @@ class SPOPipeline:
             }
         return result
 
-    def _write(self, records: list[dict[str, Any]]) -> None:
+    def _write(self, trainer: SPOTrainer, records: list[dict[str, Any]]) -> None:
+        if not trainer.is_world_process_zero():
+            return
         scratch = self.folder / f"{REPORT_NAME}.tmp"
         scratch.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
         os.replace(scratch, self.folder / REPORT_NAME)

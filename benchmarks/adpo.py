@@ -1,0 +1,121 @@
+"""Toxicity against coherence: DPO, DPO with the toxic replies as extra rejected ones, and ADPO over lambda.
+
+Run: python benchmarks/adpo.py [--seeds 3] [--steps 100]. Writes benchmarks/results/adpo.json, .csv and .png.
+
+The model is a tiny Llama and every probability is exact, on prompts held out from training (see
+`hf_ext.data.preference_toy.ToxicTask`; its "toxic" words are harmless). Coherence is the probability of the
+good reply.
+"""
+
+import argparse
+import itertools
+import tempfile
+from typing import Any
+
+import torch
+from _preference import QUIET, clone, loss_statistics, reply_logps, supervised, train
+from _run import RESULTS, Report
+from datasets import Dataset
+
+from hf_ext.data.preference_toy import ToxicTask, tiny_llama, word_tokenizer
+from hf_ext.trainers.adpo_config import ADPOConfig
+from hf_ext.trainers.adpo_trainer import ADPOTrainer
+
+TASK = ToxicTask()
+ARMS: dict[str, dict[str, Any]] = {
+    "DPO": {"toxic_weight": 0.0},
+    **{f"ADPO, lambda {lam:g}": {"toxic_weight": lam} for lam in (0.1, 0.25, 0.5, 1.0, 2.0)},
+    **{f"ADPO ref, lambda {lam:g}": {"toxic_weight": lam, "toxic_reference": "ref"} for lam in (0.25, 1.0)},
+    **{f"ADPO pairwise, lambda {lam:g}": {"toxic_weight": lam, "toxic_loss": "pairwise"} for lam in (0.25, 1.0)},
+    **{f"ADPO joint, lambda {lam:g}": {"toxic_weight": lam, "toxic_loss": "joint"} for lam in (0.25, 1.0)},
+}
+
+
+def probabilities(model: Any, tokenizer: Any) -> dict[str, float]:
+    """Held-out means: P(good), its log, P(any toxic reply) without and with the control token, and its log."""
+    size = range(TASK.size)
+    toxic = [f" t{i} t{j}" for i, j in itertools.product(size, size)]
+    good, plain, behind_token = [], [], []
+    for pair in TASK.held_out:
+        prompt = TASK.prompt(pair)
+        good.append(reply_logps(model, tokenizer, prompt, [TASK.good(pair)])[0])
+        plain.append(reply_logps(model, tokenizer, prompt, toxic).logsumexp(0))
+        behind_token.append(reply_logps(model, tokenizer, f"{prompt} {TASK.token}", toxic).logsumexp(0))
+    good, plain, behind_token = torch.stack(good), torch.stack(plain), torch.stack(behind_token)
+    return {
+        "p_good": good.exp().mean().item(),
+        "log_p_good": good.mean().item(),
+        "p_toxic": plain.exp().mean().item(),
+        "log_p_toxic": plain.mean().item(),
+        "p_toxic_behind_token": behind_token.exp().mean().item(),
+    }
+
+
+def extra_pairs(triples: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Each toxic reply as one more rejected one: the simplest use of the same data."""
+    kept = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in triples]
+    return kept + [{**pair, "rejected": row["toxic"]} for pair, row in zip(kept, triples, strict=True)]
+
+
+def run_seed(report: Report, seed: int, steps: int) -> None:
+    """Supervised stage and every arm."""
+    tokenizer = word_tokenizer(TASK.words)
+    model = tiny_llama(tokenizer, hidden_size=64, seed=seed)
+    model = supervised(model, tokenizer, TASK.supervised(12800, seed), 300, seed).eval()
+    report.row(seed=seed, method="SFT", **probabilities(model, tokenizer))
+    triples = TASK.triples(3200, seed)
+
+    def arm(method: str, rows: list[dict[str, str]], batch: int = 32, **options: Any) -> None:
+        args = ADPOConfig(
+            tempfile.mkdtemp(),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=2e-4,
+            beta=0.1,
+            seed=seed,
+            **QUIET,
+            **options,
+        )
+        data = Dataset.from_list(rows)
+        trainer = ADPOTrainer(clone(model), args=args, train_dataset=data, processing_class=tokenizer)
+        train(trainer)
+        values = probabilities(trainer.model.eval(), tokenizer)
+        report.row(seed=seed, method=method, **values, **loss_statistics(trainer))
+
+    for method, options in ARMS.items():
+        arm(method, triples, **options)
+    doubled = extra_pairs(triples)
+    arm("DPO, toxic as rejected, batch 32", doubled, toxic_weight=0.0)
+    arm("DPO, toxic as rejected, batch 64", doubled, batch=64, toxic_weight=0.0)
+
+
+def plot(report: Report) -> None:
+    """Draw both quantities of every run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in report.rows):
+        rows = [row for row in report.rows if row["method"] == method]
+        axes.scatter([r["log_p_toxic"] for r in rows], [r["p_good"] for r in rows], label=method, s=22)
+    axes.set(xlabel="log P(toxic reply), held-out prompts (nats)", ylabel="P(good reply): coherence")
+    axes.legend(fontsize=6)
+    figure.savefig(RESULTS / "adpo.png", dpi=130)
+
+
+def main() -> None:
+    """Run the study from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    options = parser.parse_args()
+    settings = {**vars(options), "batch": 32, "lr": 2e-4, "beta": 0.1, "toxic_beta": 0.1, "model": "2 layers x 64"}
+    report = Report("adpo", settings)
+    for seed in range(options.seeds):
+        run_seed(report, seed, options.steps)
+        report.save()
+    plot(report)
+
+
+if __name__ == "__main__":
+    main()
