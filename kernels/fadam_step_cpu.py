@@ -1,4 +1,4 @@
-"""The fused FAdam step on CPU: ``fadam_step_cpu.cpp``, compiled once on this machine and called through ctypes.
+"""The fused FAdam step on CPU: ``fadam_step_cpu.cpp``, compiled by `hf_ext.kernels.native` and called through ctypes.
 
 The parameter, the gradient and the two states are read from memory once where a tensor fits the cache, and twice
 where it does not; nothing is allocated. Sums are taken in float64 over blocks of fixed size, so a step does not depend
@@ -6,6 +6,8 @@ on the number of threads. float32, bfloat16 (states in float32) and float64.
 """
 
 import ctypes
+import functools
+import os
 from array import array
 from collections.abc import Sequence
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.kernels.fadam_step import EPS_FLOOR, EPS_MODES, FAdamOptions, Reduce, Scalar, corrected_beta2, stabiliser
-from hf_ext.kernels.fadam_step_build import load_library
+from hf_ext.kernels.native import load_native
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 _STATES = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
@@ -51,7 +53,7 @@ def why_not_fused(
     for tensors in (params, momenta, fishers):
         if not all(tensor.is_contiguous() for tensor in tensors):
             return "it takes contiguous tensors"
-    return load_library().why_not
+    return "" if _library() else "its kernel could not be compiled"
 
 
 def fadam_step_fused(
@@ -92,15 +94,13 @@ class _Call:
     def __init__(self, dtype: str, tensors: _Tensors, options: FAdamOptions) -> None:
         self.dtype = dtype
         self.tensors = tensors
-        library = load_library()
-        self.handle = library.handle
         numbers = (float(options.lr), options.beta1, options.eps, options.eps2, options.clip, options.p)
         mode = EPS_MODES.index(options.eps_mode)
         decay = (options.weight_decay, options.decay_cap, EPS_FLOOR)
-        self.options = _Options(*numbers, *decay, mode, options.maximize, library.threads())
+        self.options = _Options(*numbers, *decay, mode, options.maximize, _threads())
 
     def __call__(self, name: str, *arguments: ctypes.c_void_p | ctypes.c_int64) -> None:
-        function = getattr(self.handle, f"fadam_{name}_{self.dtype}")
+        function = getattr(_library(), f"fadam_{name}_{self.dtype}")
         function(ctypes.byref(self.tensors), ctypes.byref(self.options), *arguments)
 
 
@@ -122,3 +122,19 @@ def _step_shards(call: _Call, options: FAdamOptions, totals: Tensor, reduce: Red
         run("observe", ctypes.c_int64(0))
         sums.copy_(reduce(sums))
     run("apply")
+
+
+# OpenMP's threads do not survive a fork: a child that asked for them would wait for ever.
+_forked = {"yes": False}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = load_native("fadam_step_cpu")
+    if library is not None and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=functools.partial(_forked.update, yes=True))
+    return library
+
+
+def _threads() -> int:
+    return 1 if _forked["yes"] else torch.get_num_threads()

@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ext.kernels import fadam_step_build
 from hf_ext.kernels.fadam_step import EPS_MODES, FAdamOptions, corrected_beta2, fadam_step, stabiliser
-from hf_ext.kernels.fadam_step_build import load_library
-from hf_ext.kernels.fadam_step_cpu import why_not_fused
+from hf_ext.kernels.fadam_step_cpu import _library, why_not_fused
+from hf_ext.kernels.native import load_native
 
 SHAPES = [(), (1,), (7,), (5, 3), (2, 3, 4), (70, 130)]
 PATHS = ("loop", "foreach", "fused")
@@ -21,7 +20,7 @@ PATHS = ("loop", "foreach", "fused")
 
 @pytest.fixture(autouse=True)
 def _needs_compiler(request):
-    if "fused" in request.node.name and not load_library().handle:
+    if "fused" in request.node.name and not load_native("fadam_step_cpu"):
         pytest.skip("no compiler for the fused step here")
 
 
@@ -92,7 +91,7 @@ def relative_error(expected, actual):
     scale=st.sampled_from([1e-9, 1e-3, 10.0]),
 )
 def test_equals_numpy_at_every_step(path, lr, beta1, beta2, clip, p, weight_decay, mode, decay_cap, maximize, scale):
-    if path == "fused" and not load_library().handle:
+    if path == "fused" and not load_native("fadam_step_cpu"):
         return
     options = FAdamOptions(lr, beta1, beta2, 1e-8, 0.01, clip, p, weight_decay, mode, decay_cap, maximize)
     shapes = SHAPES[:5]
@@ -184,7 +183,7 @@ def test_first_step_is_the_sign_of_the_gradient(path):
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_updates_are_finite_and_bounded_for_any_gradients(path, exponents, mode, eps, dtype):
-    if path == "fused" and not load_library().handle:
+    if path == "fused" and not load_native("fadam_step_cpu"):
         return
     o = FAdamOptions(lr=0.1, weight_decay=0.01, eps_mode=mode, eps=eps, clip=0.7)
     params, momenta, fishers = tensors([(9, 5)], dtype)
@@ -350,7 +349,7 @@ def test_empty_tensor(path):
 
 
 def test_not_a_number_stays_with_its_element():
-    for path in PATHS if load_library().handle else PATHS[:2]:
+    for path in PATHS if load_native("fadam_step_cpu") else PATHS[:2]:
         params, momenta, fishers = tensors([(8,)])
         grads = gradients([(8,)], 1)
         grads[0][3] = math.nan
@@ -367,28 +366,34 @@ def test_stabiliser_of_numbers_and_of_vectors_is_the_same(mode, p, value):
     assert vector.item() == pytest.approx(stabiliser(o, value), rel=1e-12)
 
 
-def test_without_a_compiler_the_loop_is_used_and_said_so(monkeypatch, tmp_path, caplog):
-    load_library.cache_clear()
-    try:
-        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-        monkeypatch.setattr(fadam_step_build, "FLAGS", (*fadam_step_build.FLAGS, "-no-such-flag"))
-        expected = run("loop", FAdamOptions())
-        assert all(torch.equal(a, b) for a, b in zip(expected, run(None, FAdamOptions()), strict=True))
-        assert "could not be compiled" in caplog.text
-        assert len(caplog.records) == 1
-        with pytest.raises(RuntimeError, match="its kernel could not be compiled"):
-            run("fused", FAdamOptions())
-        assert not list((tmp_path / "hf_ext").iterdir())
-    finally:
-        load_library.cache_clear()
+@pytest.fixture
+def fresh_build(monkeypatch, tmp_path):
+    """Nothing is built yet, and the tool chain can be spoilt."""
+    for cached in (load_native, _library):
+        cached.cache_clear()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    yield tmp_path / "hf_ext"
+    for cached in (load_native, _library):
+        cached.cache_clear()
+
+
+def test_without_a_compiler_the_loop_is_used_and_said_so(fresh_build, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    expected = run("loop", FAdamOptions())
+    assert all(torch.equal(a, b) for a, b in zip(expected, run(None, FAdamOptions()), strict=True))
+    assert "fadam_step_cpu.cpp could not be compiled" in caplog.text
+    assert len(caplog.records) == 1
+    with pytest.raises(RuntimeError, match="its kernel could not be compiled"):
+        run("fused", FAdamOptions())
+    assert not list(fresh_build.iterdir())
 
 
 RACE = """
-import sys, time
-from hf_ext.kernels.fadam_step_build import load_library
+import sys
+from hf_ext.kernels.native import load_native
 print("ready", flush=True)
 sys.stdin.readline()
-assert load_library().handle is not None
+assert load_native("fadam_step_cpu") is not None
 """
 
 
