@@ -45,9 +45,8 @@ def main() -> None:
             )
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer})
-        print(
-            f"> {turn}\n{answer}\n[{cache.stored} of {cache.get_seq_length()} tokens stored, {cache.nbytes():,} bytes]\n"
-        )
+        print(f"> {turn}\n{answer}")
+        print(f"[{cache.stored} of {cache.get_seq_length()} tokens stored, {cache.nbytes():,} bytes]\n")
 
     kept = sorted((token for token in cache.remembered(0) if token.kind == "memory"), key=lambda token: -token.entropy)
     words = (f"{tokenizer.decode([token.token_id])!r} {token.entropy:.1f}" for token in kept[:12])

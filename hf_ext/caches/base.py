@@ -38,8 +38,10 @@ class HfExtCache(RowState, Cache):
         self.config = config
         self.committed = 0
         self.record_past = False
+        self.model_signature = _signature(text_config)
         self._forward: Forward | None = None
-        self._decoder: weakref.ref[nn.Module] | None = None
+        self._host_layers: list[tuple[Any, dict[str, Any]]] = []
+        self._decoder: weakref.ref[nn.Module] | None = weakref.ref(model.get_decoder())
 
     def make_layer(self, layer_idx: int) -> HfExtLayer:
         """A new layer in place of the host's full-attention layer ``layer_idx``."""
@@ -62,7 +64,6 @@ class HfExtCache(RowState, Cache):
 
         Raises:
             ValueError: the cache was made for another model.
-            RuntimeError: an interrupted forward cannot be undone.
         """
         if self._decoder is None:
             self._decoder = weakref.ref(forward.decoder)
@@ -72,10 +73,12 @@ class HfExtCache(RowState, Cache):
             )
         self.undo_interrupted()
         self._forward = forward
+        host = [layer for layer in self.layers if not isinstance(layer, HfExtLayer)]
+        self._host_layers = [(layer, dict(vars(layer))) for layer in host]
 
     def end_forward(self, forward: Forward, hidden_states: Tensor) -> None:
         """Take note that the forward ran to its end with these final hidden states ``[B, q, hidden]``."""
-        self._forward = None
+        self._forward, self._host_layers = None, []
         self.committed += forward.length
         if not self.record_past:
             for layer in self.own_layers:
@@ -85,15 +88,12 @@ class HfExtCache(RowState, Cache):
         """Take back what a forward that did not end (an interrupt, no memory left) put into some of the layers."""
         if self._forward is None:
             return
-        for layer in self.layers:
-            extra = layer.get_seq_length() - self.committed if isinstance(layer, DynamicLayer) else 0
-            if extra > 0 and not isinstance(layer, HfExtLayer):
-                raise RuntimeError(
-                    "a forward was interrupted and a sliding-window layer cannot take it back; reset()."
-                )
-            if extra > 0:
-                layer.drop_last(extra)
-        self._forward = None
+        for layer in self.own_layers:
+            layer.drop_last(layer.seen - self.committed)
+        for layer, state in self._host_layers:
+            for name, value in state.items():
+                setattr(layer, name, value)
+        self._forward, self._host_layers = None, []
 
     def take_logits(self, logits: Tensor) -> None:
         """Told the logits ``[B, V]`` after the last token of the forward that just ended, where the head ran."""
@@ -123,6 +123,14 @@ class HfExtCache(RowState, Cache):
         """Drop nothing until `crop`, so that tokens can be taken back."""
         self.record_past = True
         super().activate_past_recording()
+
+    def end_recording(self) -> None:
+        """Go back to dropping tokens as they come, starting with what was held back."""
+        self.crop(0)
+        self.record_past = False
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens, then drop what was held back by `activate_past_recording`.
@@ -172,15 +180,17 @@ class HfExtCache(RowState, Cache):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on elsewhere: ``{"tensors": {name: Tensor}, "values": JSON values}``."""
-        return storage.read(self._owners(), self.config)
+        return storage.read(self._owners(), self._describe())
 
     def load_state_dict(self, state: dict[str, Any]) -> Self:
-        """Go on from a `state_dict` of a cache with the same config and as many layers.
+        """Go on from a `state_dict` of a cache with the same options and the same shape of model.
 
         Raises:
-            ValueError: the state is of another kind of cache or another number of layers.
+            ValueError: the state is of another kind of cache or another shape of model.
         """
-        storage.write(self._owners(), self.config, state)
+        decoder = self._decoder() if self._decoder is not None else None
+        device = None if decoder is None else next(decoder.parameters()).device
+        storage.write(self._owners(), self._describe(), state, device)
         self._forward = None
         return self
 
@@ -197,6 +207,9 @@ class HfExtCache(RowState, Cache):
         """
         return self.load_state_dict(storage.load(Path(path)))
 
+    def _describe(self) -> dict[str, Any]:
+        return {"options": self.config.to_dict(), "model": self.model_signature}
+
     def _owners(self) -> Iterator[tuple[str, Any]]:
         yield "", self
         for index, layer in enumerate(self.layers):
@@ -212,4 +225,11 @@ class HfExtCache(RowState, Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling: without the model, so that the first model that uses the copy is its model."""
-        return {**vars(self), "_decoder": None, "_forward": None}
+        return {**vars(self), "_decoder": None, "_forward": None, "_host_layers": []}
+
+
+def _signature(config: Any) -> str:
+    """The shape of a model's keys and values, and its tokens, in words."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return f"{config.num_hidden_layers} layers of {heads} heads of {width}, {config.vocab_size} tokens"

@@ -8,6 +8,12 @@ from transformers.cache_utils import DynamicLayer
 from hf_ext.caches.row_state import RowState
 
 
+def gather_slots(states: Tensor, slots: Tensor) -> Tensor:
+    """``states[b, :, slots[b]]``: ``[B, H, P, D], [B, K] -> [B, H, K, D]`` in memory of its own."""
+    index = slots.to(states.device)[:, None, :, None]
+    return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[-1]))
+
+
 class HfExtLayer(RowState, DynamicLayer):
     """A `DynamicLayer` that tells tokens seen from tokens stored.
 
@@ -53,9 +59,7 @@ class HfExtLayer(RowState, DynamicLayer):
 
     def keep(self, slots: Tensor) -> None:
         """Store only ``slots`` ``[B, K]``, ascending in each row, the same for every head."""
-        index = slots[:, None, :, None].expand(-1, self.keys.shape[1], -1, -1)
-        self.keys = self.keys.gather(2, index.expand(-1, -1, -1, self.keys.shape[-1]))
-        self.values = self.values.gather(2, index.expand(-1, -1, -1, self.values.shape[-1]))
+        self.keys, self.values = gather_slots(self.keys, slots), gather_slots(self.values, slots)
 
     def drop_last(self, count: int) -> None:
         """Forget the last ``count`` tokens, which are still stored.

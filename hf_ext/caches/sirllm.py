@@ -217,7 +217,7 @@ class SirLLMCache(StreamingCache):
         compat = self.config.repo_compat
         first = self._entropy_of_first(head, ids, compat)
         rest = surprisal(head, hidden[:, :-1], ids[:, :-1] if compat else ids[:, 1:], self.scale)
-        rest = rest.to(first.device)
+        first, rest = first.to(ids.device), rest.to(ids.device)
         if compat and ids.shape[1] > 1:
             first = rest.max(-1, keepdim=True).values
         entropy = torch.cat([first, rest], dim=-1)

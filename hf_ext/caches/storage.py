@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_ext.caches.config import CacheConfig
 from hf_ext.caches.row_state import RowState
 
 METADATA = "hf_ext_cache"
@@ -29,10 +28,10 @@ def nbytes_by_name(owners: Owners) -> dict[str, int]:
     return sizes
 
 
-def read(owners: Owners, config: CacheConfig) -> dict[str, Any]:
-    """The state of a cache and its layers."""
+def read(owners: Owners, made_for: dict[str, Any]) -> dict[str, Any]:
+    """The state of a cache and its layers, with the options and the shape of model it was made for."""
     tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {"config": config.to_dict(), "owners": {}}
+    values: dict[str, Any] = {"made_for": made_for, "owners": {}}
     for prefix, owner in owners:
         own_tensors, own_values = _read(owner)
         tensors.update({prefix + name: tensor for name, tensor in own_tensors.items()})
@@ -40,22 +39,20 @@ def read(owners: Owners, config: CacheConfig) -> dict[str, Any]:
     return {"tensors": tensors, "values": values}
 
 
-def write(owners: Owners, config: CacheConfig, state: dict[str, Any]) -> None:
-    """Give a cache and its layers the state that `read` took from another one.
+def write(owners: Owners, made_for: dict[str, Any], state: dict[str, Any], device: Any = None) -> None:
+    """Give a cache and its layers the state that `read` took from another one, on ``device``.
 
     Raises:
-        ValueError: the state is not that of a cache with this config, or has other layers.
+        ValueError: the state is not that of a cache with these options for a model of this shape.
     """
-    owners = list(owners)
     values, tensors = state["values"], state["tensors"]
-    if values["config"] != config.to_dict():
-        raise ValueError(f"the saved cache has the options {values['config']}; this one has {config.to_dict()}.")
-    prefixes = [prefix for prefix, _ in owners]
-    if list(values["owners"]) != prefixes:
-        raise ValueError(f"the saved cache has {len(values['owners']) - 1} layers, this one {len(prefixes) - 1}.")
+    for what, ours in made_for.items():
+        if values["made_for"][what] != ours:
+            raise ValueError(f"the saved cache is for the {what} {values['made_for'][what]}, this one for {ours}.")
     for prefix, owner in owners:
         names = [name for name in tensors if name.startswith(prefix) and "." not in name[len(prefix) :]]
-        _write(owner, {name[len(prefix) :]: tensors[name] for name in names}, values["owners"][prefix])
+        own_tensors = {name[len(prefix) :]: tensors[name].to(device) for name in names}
+        _write(owner, own_tensors, values["owners"][prefix])
 
 
 def save(state: dict[str, Any], path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_ext.caches.base import HfExtCache
 from hf_ext.caches.config import CacheConfig
 from hf_ext.caches.forward import Forward
+from hf_ext.caches.layer import HfExtLayer, gather_slots
 from hf_ext.caches.rotary import check_movable, frequencies, move_keys
 from hf_ext.caches.support import layer_types
 
@@ -61,9 +62,9 @@ class StreamingCache(HfExtCache):
 
     def begin_forward(self, forward: Forward) -> None:
         """Make room for the new tokens, and give the decoder the mask and positions that fit what is stored."""
-        super().begin_forward(forward)
         if self.uncommitted > UNCOMMITTED:
-            self.record_past = False
+            self.end_recording()
+        super().begin_forward(forward)
         real = self._real_of_new(forward)
         self.make_room(forward.length, real)
         if self.compacted:
@@ -139,34 +140,40 @@ class StreamingCache(HfExtCache):
         room = coming if freed is None else torch.zeros_like(coming) + freed
         keep = torch.where(due, (self.capacity - room).clamp(min=self.sinks), stored)
         slots, real = self.choose(keep, torch.where(due, room, 0))
-        for layer in self.own_layers:
-            layer.keep(slots.to(layer.keys.device))
-        for name in self.slot_tensors:
-            setattr(self, name, getattr(self, name).gather(-1, slots))
-        self.real = real
-        self.compacted = True
+        kept = {name: getattr(self, name).gather(-1, slots) for name in self.slot_tensors} | {"real": real}
         if self.dense:
-            self._move_down()
+            kept["positions"], kept["next_position"] = (real.long().cumsum(-1) - 1).clamp(min=0), real.sum(-1)
+        layers = [self._kept_layer(index, slots, kept) for index in range(len(self.layers))]
+        for layer, states in zip(self.layers, layers, strict=True):  # all is computed before anything changes
+            layer.keys, layer.values = states
+        for name, tensor in kept.items():
+            setattr(self, name, tensor)
+        self.compacted = True
 
     @property
     def slot_tensors(self) -> tuple[str, ...]:
         """Names of the row tensors that hold one value for each stored token."""
         return ("positions", "ordinals", "real")
 
-    def _move_down(self) -> None:
-        assert self.real is not None and self.positions is not None and self.next_position is not None
+    def _kept_layer(self, index: int, slots: Tensor, kept: dict[str, Tensor]) -> tuple[Any, Any]:
+        """Keys and values of one layer after an eviction: what stays of ours, moved to its new positions."""
+        assert self.next_position is not None and self.positions is not None
+        layer = self.layers[index]
+        keys, values = layer.keys, layer.values
+        if keys is None or keys.numel() == 0:
+            return keys, values
+        next_position = kept.get("next_position", self.next_position)
+        moved = (next_position - self.next_position)[:, None]  # a sliding layer's tokens stay right before the next
+        if isinstance(layer, HfExtLayer):
+            keys, values = gather_slots(keys, slots), gather_slots(values, slots)
+            moved = kept["positions"] - self.positions.gather(-1, slots)
+        return (self._move(keys, moved, self.layer_types[index]) if self.dense else keys), values
+
+    def _move(self, keys: Tensor, shift: Tensor, layer_type: str) -> Tensor:
         decoder = self._decoder() if self._decoder is not None else None
         if decoder is None:
             raise RuntimeError("the model of this cache is gone; its frequencies are needed to move stored keys.")
-        dense = (self.real.long().cumsum(-1) - 1).clamp(min=0)
-        following = self.real.sum(-1)
-        by_slot, by_row = dense - self.positions, (following - self.next_position)[:, None]
-        for layer, layer_type in zip(self.layers, self.layer_types, strict=True):
-            if layer_type == "dummy" or layer.keys is None:
-                continue
-            shift = by_slot if layer_type == "full_attention" else by_row
-            layer.keys = move_keys(layer.keys, shift.to(layer.keys.device), frequencies(decoder, layer_type))
-        self.positions, self.next_position = dense, following
+        return move_keys(keys, shift.to(keys.device), frequencies(decoder, layer_type))
 
     # --- taking back ---------------------------------------------------------------------------------------------
 
@@ -177,11 +184,11 @@ class StreamingCache(HfExtCache):
             ValueError: the count is positive, or some of those tokens are no longer stored.
         """
         count = -tokens_to_remove
-        if count > 0 and self.ordinals is not None:
-            last = self.ordinals[:, -count:]
-            if last.shape[1] < count or not bool((last == self.committed - count + torch.arange(count)).all()):
+        if count > 0 and self.ordinals is not None and self.positions is not None:
+            wanted = torch.arange(self.committed - count, self.committed, device=self.ordinals.device)
+            if count > self.ordinals.shape[1] or not bool((self.ordinals[:, -count:] == wanted).all()):
                 raise ValueError(f"cannot remove the last {count} tokens: some of them are no longer stored.")
-            self.next_position = self.positions[:, -count].clone() if self.positions is not None else None
+            self.next_position = self.positions[:, -count].clone()
             for name in self.slot_tensors:
                 setattr(self, name, getattr(self, name)[:, :-count])
         super().crop(tokens_to_remove)

@@ -13,10 +13,15 @@ from hf_ext.testing import assert_close, ragged_batch, tiny_model
 
 # Options so small that 40 tokens meet them, and options under which nothing at all may change (None: there are none).
 SMALL = {
+    "decoquant": {"bits": 8, "first_block": 8, "block_size": 3, "sink_size": 2},
     "sink_window": {"sink_size": 2, "window_size": 14, "block_size": 4},
     "sirllm": {"sink_size": 2, "memory_size": 8, "recent_size": 6, "block_size": 4},
 }
-LOSSLESS = {"sink_window": {"window_size": 200}, "sirllm": {"memory_size": 100, "recent_size": 100}}
+LOSSLESS = {
+    "decoquant": {"first_block": 1000},
+    "sink_window": {"window_size": 200},
+    "sirllm": {"memory_size": 100, "recent_size": 100},
+}
 
 ALL = pytest.mark.parametrize("kind", sorted(CACHES))
 WITHOUT_LOSS = pytest.mark.parametrize("kind", [kind for kind in sorted(CACHES) if LOSSLESS.get(kind) is not None])
@@ -207,8 +212,9 @@ def test_crop_takes_back_what_was_recorded(kind):
 
 
 @ALL
-def test_an_interrupted_forward_is_taken_back(kind):
-    model = tiny_model()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_interrupted_forward_is_taken_back(kind, family):
+    model = tiny_model(family)
     straight, broken = small(model, kind), small(model, kind)
     ids = torch.randint(3, 128, (2, 30))
     for cache in (straight, broken):
