@@ -1,3 +1,4 @@
+from .caches.decoquant import DecoQuantConfig as DecoQuantConfig
 from .caches.sink_window import SinkWindowConfig as SinkWindowConfig
 from .caches.sirllm import SirLLMConfig as SirLLMConfig
 from .cla.config import CLAConfig as CLAConfig
@@ -7,8 +8,15 @@ from .flags import HfExtConfig as HfExtConfig
 from .optim.arguments import fadam_optimizer as fadam_optimizer
 from .optim.fadam import FAdam as FAdam
 from .patches.caches import make_cache as make_cache
+from .patches.cla_convert import convert_to_cla as convert_to_cla
 from .patches.install import install as install
 from .patches.install import uninstall as uninstall
+from .quant.config import ReALLMConfig as ReALLMConfig
+from .quant.linear import ReALLMLinear as ReALLMLinear
+from .trainers.bucketed_config import BucketedArguments as BucketedArguments
+from .trainers.bucketed_config import BucketedTrainingArguments as BucketedTrainingArguments
+from .trainers.bucketed_trainer import BucketedTrainer as BucketedTrainer
+from .trainers.bucketed_trainer import BucketedTrainerMixin as BucketedTrainerMixin
 from .trainers.fadam import FAdamTrainerMixin as FAdamTrainerMixin
 from .trainers.adpo_config import ADPOConfig as ADPOConfig
 from .trainers.adpo_trainer import ADPOTrainer as ADPOTrainer
@@ -16,5 +24,7 @@ from .trainers.spo_config import SPOConfig as SPOConfig
 from .trainers.spo_pipeline import SPOPipeline as SPOPipeline
 from .trainers.spo_pipeline import SPORound as SPORound
 from .trainers.spo_trainer import SPOTrainer as SPOTrainer
+from .trainers.cla_distill import CLADistillTrainer as CLADistillTrainer
+from .trainers.cla_distill_config import CLADistillArguments as CLADistillArguments
 
 __version__: str

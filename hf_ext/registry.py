@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 CACHES: dict[str, str] = {
+    "decoquant": "hf_ext.caches.decoquant:DecoQuantConfig",
     "sink_window": "hf_ext.caches.sink_window:SinkWindowConfig",
     "sirllm": "hf_ext.caches.sirllm:SirLLMConfig",
 }

@@ -130,7 +130,7 @@ typedef struct {
 typedef struct {
     const float *query;        /* [B, H * rep, q, d] */
     float *out;                /* the same */
-    const void *recent_keys, *recent_values; /* [B, H, F, d] */
+    const void *recent_keys, *recent_values; /* [B, H, F, d], the last recent_count slots used */
     const int64_t *packed_count, *recent_count; /* [B] */
     const float *scale_table;  /* [256] */
     int64_t batch, heads, rep, q, d, recent_capacity, recent_is_bf16, threads;
@@ -232,7 +232,7 @@ static inline float recent_at(const void *data, int64_t at, int is_bf16) {
 
 /* The tokens kept as they are. Query j of a row sees all but the q - 1 - j newest. */
 static void recent_task(const Attend *a, int64_t b, int64_t h, const float *query, Part part) {
-    int64_t n = a->recent_count[b], d = a->d, base = (b * a->heads + h) * a->recent_capacity * d;
+    int64_t n = a->recent_count[b], d = a->d, base = ((b * a->heads + h + 1) * a->recent_capacity - n) * d;
     float *scores = malloc((n + LANES) * sizeof(float)), row[MAX_D];
     for (int64_t r = 0; r < a->rep * a->q; r++) {
         int64_t visible = n - a->q + r % a->q + 1;

@@ -69,9 +69,11 @@ def packed_attention(
 
     Args:
         query: ``[B, Hq, q, D]``, rotated; the ``q`` newest tokens, whose keys are the last ones among the recent.
-        recent_keys, recent_values: ``[B, H, F, D]``, the first ``recent_count[b]`` slots used.
+        recent_keys: ``[B, H, F, D]``, the last ``recent_count[b]`` slots used.
+        recent_values: the same for the values.
         recent_count: ``[B]`` int64.
-        keys, values: the packed tokens, the first ``packed_count[b]`` slots used.
+        keys: the packed tokens' keys, the first ``packed_count[b]`` slots used.
+        values: the same for the values.
         packed_count: ``[B]`` int64.
         scaling: factor of the scores.
 
@@ -95,12 +97,12 @@ def packed_attention_reference(
 ) -> Tensor:
     """The definition: rebuild one row of the batch after the other and attend to it."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    heads, q_length = recent_keys.shape[1], query.shape[2]
+    heads, capacity, q_length = *recent_keys.shape[1:3], query.shape[2]
     out = torch.zeros_like(query)
     for row in range(len(query)):
         recent, packed = int(recent_count[row]), int(packed_count[row])
-        k = torch.cat([keys.rebuild(row, packed, dtype), recent_keys[row, :, :recent].to(dtype)], 1)
-        v = torch.cat([values.rebuild(row, packed, dtype), recent_values[row, :, :recent].to(dtype)], 1)
+        k = torch.cat([keys.rebuild(row, packed, dtype), recent_keys[row, :, capacity - recent :].to(dtype)], 1)
+        v = torch.cat([values.rebuild(row, packed, dtype), recent_values[row, :, capacity - recent :].to(dtype)], 1)
         q = query[row].to(dtype).unflatten(0, (heads, -1)) * scaling
         last = packed + recent - q_length + torch.arange(q_length, device=query.device)
         visible = torch.arange(packed + recent, device=query.device) <= last[:, None]

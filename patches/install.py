@@ -22,6 +22,7 @@ SEAMS: tuple[tuple[str, str], ...] = (
     ("transformers.fusion_mapping", "hf_ext.patches.config_flag:own_fusion_name"),
     ("transformers.modeling_utils", "hf_ext.patches.post_init:apply_flags_after_init"),
     ("transformers.modeling_utils", "hf_ext.patches.cla_config:count_kv_bytes"),
+    ("transformers.modeling_utils", "hf_ext.patches.attention:watch_attention"),
     ("transformers.modeling_utils", "hf_ext.patches.cla_loading:read_dense_weights"),
     ("transformers.modeling_utils", "hf_ext.patches.cla_loading:check_loaded_weights"),
     ("transformers.modeling_utils", "hf_ext.patches.cla_training:refuse_reentrant_checkpointing"),

@@ -35,11 +35,11 @@ def case(batch=2, heads=2, rep=3, q=1, packed=300, recent=9, d=64, fit=None, dty
 
 def oracle(query, recent_keys, recent_values, recent_count, keys, values, packed_count, scaling):
     out = np.zeros(query.shape)
-    rep, q_length = query.shape[1] // recent_keys.shape[1], query.shape[2]
+    rep, q_length, capacity = query.shape[1] // recent_keys.shape[1], query.shape[2], recent_keys.shape[2]
     for b in range(len(query)):
         n, f = int(packed_count[b]), int(recent_count[b])
-        k = torch.cat([keys.rebuild(b, n, torch.float64), recent_keys[b, :, :f].double()], 1).numpy()
-        v = torch.cat([values.rebuild(b, n, torch.float64), recent_values[b, :, :f].double()], 1).numpy()
+        k = torch.cat([keys.rebuild(b, n, torch.float64), recent_keys[b, :, capacity - f :].double()], 1).numpy()
+        v = torch.cat([values.rebuild(b, n, torch.float64), recent_values[b, :, capacity - f :].double()], 1).numpy()
         for h in range(query.shape[1]):
             for i in range(q_length):
                 seen = max(n + f - q_length + i + 1, 0)
@@ -103,6 +103,7 @@ def test_garbage_beyond_the_counts_is_never_read():
         expected = packed_attention(**arguments)
         for b in range(2):
             arguments["keys"].codes[b, :, int(arguments["packed_count"][b]) :] = 255
-            arguments["recent_keys"][b, :, int(arguments["recent_count"][b]) :] = float("nan")
-            arguments["recent_values"][b, :, int(arguments["recent_count"][b]) :] = float("nan")
+            unused = 9 - int(arguments["recent_count"][b])
+            arguments["recent_keys"][b, :, :unused] = float("nan")
+            arguments["recent_values"][b, :, :unused] = float("nan")
         assert torch.equal(packed_attention(**arguments), expected)
