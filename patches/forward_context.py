@@ -1,7 +1,8 @@
 """Hooks that tell a cache of hf_ext what ``Cache.update`` is not told: ids, mask, positions, hidden states, logits.
 
 They sit on the base decoder and on the output head, do nothing for any other cache, and are attached once however
-often they are asked for. A deep copy or a pickle of the model keeps working hooks of its own.
+often they are asked for. A deep copy or a pickle of the model keeps working hooks of its own. A compiled model runs
+them outside its graphs.
 """
 
 import inspect
@@ -61,6 +62,7 @@ class ForwardHooks:
         for handle in self._handles:
             handle.remove()
 
+    @torch.compiler.disable
     def before_decoder(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -80,6 +82,7 @@ class ForwardHooks:
             kwargs = {**kwargs, "position_ids": forward.position_ids}
         return (), kwargs
 
+    @torch.compiler.disable
     def after_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Tell our cache that the forward ran to its end."""
         cache = kwargs.get("past_key_values")
@@ -89,6 +92,7 @@ class ForwardHooks:
         cache.end_forward(cache._forward, hidden_states)
         self._awaits_logits, self._last_hidden = weakref.ref(cache), hidden_states[:, -1]
 
+    @torch.compiler.disable
     def after_head(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Hand on the logits after the last token, if the head was given the hidden states that just came out."""
         cache = self._awaits_logits() if self._awaits_logits is not None else None

@@ -147,3 +147,15 @@ def test_an_adapter_around_the_model_changes_nothing():
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     cache = make_cache(wrapped, "sirllm", **OPTIONS)
     assert torch.equal(plain, generate(wrapped, past_key_values=cache).sequences)
+
+
+def test_a_compiled_model_gives_the_same(recwarn):
+    model = tiny_model()
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    plain, traced = (make_cache(model, "sirllm", **OPTIONS) for _ in range(2))
+    with torch.no_grad():
+        for piece in torch.randint(3, 128, (1, 30)).split([9, 1, 1, 1, 1, 1, 1, 5, 5, 5], dim=1):
+            expected = model(input_ids=piece, past_key_values=plain).logits
+            assert torch.equal(expected, compiled(input_ids=piece, past_key_values=traced).logits)
+    assert torch.equal(plain.entropy, traced.entropy)
+    assert not [warning for warning in recwarn if "Dynamo" in str(warning.message)]
