@@ -1,0 +1,116 @@
+"""The stored parts of one matrix, and the dense weight they stand for.
+
+``W = scale * P^-1[ D_phi( C[codes] ) ] + zero + L1 L2^T``: packed codes, codebook, decoder, scales, permutation and
+low-rank term of ReALLM (arXiv 2405.13155). Parts are plain tensors by name, as in the file:
+
+``qweight`` uint8, ``codebook`` ``[K, d]``, ``scales`` and ``zeros`` ``[out, groups]``, ``perm`` ``[in]``, ``decoder``
+uint8 with ``decoder_steps``, ``lr_a`` ``[r, in]``, ``lr_b`` ``[out, r]`` and, for int8 factors, ``lr_scale`` ``[r]``.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_ext.kernels.codebook import CodebookWeight, decode, scale_groups, to_columns
+from hf_ext.kernels.pack import packed_bytes, unpack
+from hf_ext.quant.decoder import (
+    CONTEXT_HIDDEN,
+    POINTWISE_HIDDEN,
+    decode_context,
+    decoder_shapes,
+    restore,
+    tabulate,
+)
+from hf_ext.quant.low_rank import restore_low_rank
+from hf_ext.quant.shape import MatrixShape, index_bytes
+
+Parts = dict[str, Tensor]
+
+
+def empty_parts(shape: MatrixShape, out_features: int, in_features: int, device: str | torch.device) -> Parts:
+    """Uninitialised parts of the right types and sizes, for a checkpoint to be loaded into."""
+    groups = shape.groups(in_features)
+    scale_type = torch.float16 if shape.scale_bits == 16 else torch.float32
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "qweight": ((out_features, packed_bytes(-(-in_features // shape.vector_size), shape.code_bits)), torch.uint8),
+        "scales": ((out_features, groups), scale_type),
+    }
+    if shape.affine:
+        parts["zeros"] = ((out_features, groups), scale_type)
+    if shape.decoder != "pointwise":
+        learned = shape.codebook == "kmeans"
+        parts["codebook"] = ((2**shape.code_bits, shape.vector_size), torch.float16 if learned else torch.float32)
+    if shape.decoder != "identity":
+        shapes = stored_decoder_shapes(shape)
+        numbers = sum(torch.Size(tensor).numel() for tensor in shapes)
+        parts["decoder"] = ((packed_bytes(numbers, shape.decoder_bits),), torch.uint8)
+        parts["decoder_steps"] = ((len(shapes),), torch.float32)
+    if shape.permute:
+        parts["perm"] = ((in_features,), index_type(in_features))
+    if shape.rank:
+        factor_type = {8: torch.int8, 16: torch.float16, 32: torch.float32}[shape.low_rank_bits]
+        parts["lr_a"] = ((shape.rank, in_features), factor_type)
+        parts["lr_b"] = ((out_features, shape.rank), factor_type)
+        if shape.low_rank_bits == 8:
+            parts["lr_scale"] = ((shape.rank,), torch.float32)
+    return {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in parts.items()}
+
+
+def stored_decoder_shapes(shape: MatrixShape) -> list[tuple[int, ...]]:
+    """Shapes of the tensors in the stored decoder of a matrix."""
+    hidden = POINTWISE_HIDDEN if shape.decoder == "pointwise" else CONTEXT_HIDDEN
+    return decoder_shapes(shape.decoder, shape.vector_size, 2**shape.code_bits, hidden)
+
+
+def index_type(in_features: int) -> torch.dtype:
+    """The integer type of a permutation of that many columns."""
+    return torch.int16 if index_bytes(in_features) == 2 else torch.int32
+
+
+def codewords(parts: Parts, shape: MatrixShape) -> Tensor:
+    """The table ``[K, d]`` that codes look up, a pointwise decoder applied."""
+    if shape.decoder != "pointwise":
+        return parts["codebook"].float()
+    shapes = stored_decoder_shapes(shape)
+    return tabulate(restore(parts["decoder"], parts["decoder_steps"], shapes, shape.decoder_bits))
+
+
+def codebook_weight(
+    parts: Parts, shape: MatrixShape, in_features: int, table: Tensor | None = None, low_rank: bool = True
+) -> CodebookWeight:
+    """The parts as the kernels take them; ``table`` saves tabulating again."""
+    factors = restore_low_rank(parts) if low_rank else None
+    return CodebookWeight(
+        parts["qweight"],
+        codewords(parts, shape) if table is None else table,
+        parts["scales"],
+        in_features,
+        shape.code_bits,
+        shape.group_size or in_features,
+        parts.get("zeros"),
+        parts.get("perm"),
+        *(factors or (None, None)),
+    )
+
+
+def dense_quantized(parts: Parts, shape: MatrixShape, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight ``[out, in]`` without the low-rank term."""
+    if shape.decoder != "context":
+        return decode(codebook_weight(parts, shape, in_features, low_rank=False), dtype)
+    values = context_values(parts, shape, in_features)[:, :in_features]
+    values = scale_groups(values, parts["scales"], parts.get("zeros"), shape.group_size or in_features)
+    return to_columns(values, parts.get("perm")).to(dtype)
+
+
+def context_values(parts: Parts, shape: MatrixShape, in_features: int) -> Tensor:
+    """Decoded values in stored order, before scaling, ``[out, in rounded up to whole codewords]``."""
+    codes = unpack(parts["qweight"], shape.code_bits, -(-in_features // shape.vector_size)).long()
+    layers = restore(parts["decoder"], parts["decoder_steps"], stored_decoder_shapes(shape), shape.decoder_bits)
+    values = [decode_context(parts["codebook"].float()[rows], layers, shape.vector_size) for rows in codes.split(256)]
+    return torch.cat(values).flatten(1)
+
+
+def dense(parts: Parts, shape: MatrixShape, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The whole dense weight ``[out, in]``."""
+    weight = dense_quantized(parts, shape, in_features, torch.float32)
+    factors = restore_low_rank(parts)
+    return (weight if factors is None else weight + factors[1] @ factors[0]).to(dtype)

@@ -1,0 +1,214 @@
+"""Quantising a whole model in place, layer by layer; never is there a second copy of it.
+
+With calibration text, blocks are treated in order. The inputs of a block are what the quantised blocks before it
+produce, so that each block also corrects for the errors of the earlier ones; then all matrices of the block are solved
+and its outputs computed anew. Only hidden states, one block's statistics and the model itself are held.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_ext.quant.calibration import (
+    Moments,
+    calibration_windows,
+    capture_block_inputs,
+    find_blocks,
+    output_gradients,
+)
+from hf_ext.quant.config import ReALLMConfig
+from hf_ext.quant.feedback import curvature
+from hf_ext.quant.linear import ReALLMLinear
+from hf_ext.quant.plan import MatrixProfile, make_plan
+from hf_ext.quant.shape import MatrixShape
+from hf_ext.quant.solve import solve
+
+SURVEY_WINDOWS = 4  # windows from which a plan and the row weights are made
+SURVEY_LENGTH = 512  # tokens of each: a backward pass through the whole model costs memory
+
+
+@dataclass
+class Progress:
+    """What quantising has done so far.
+
+    Attributes:
+        errors: layer name -> loss relative to storing nothing, as the layer's own solver measured it.
+        folder: where solved layers are kept, so that an interrupted run can go on; None keeps nothing.
+        show: draw a progress bar.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    folder: Path | None = None
+    show: bool = True
+
+
+def quantize_model(
+    model: Any, config: ReALLMConfig, names: list[str] | None = None, progress: Progress | None = None
+) -> dict[str, float]:
+    """Replace linear layers of ``model`` by `ReALLMLinear`, in place.
+
+    Args:
+        model: a transformers model in full precision.
+        config: what to do; ``config.plan`` is filled in.
+        names: the layers; None takes all that ``config`` does not exclude.
+        progress: for a bar, and to go on after an interruption.
+
+    Returns:
+        The relative error of each layer.
+
+    Raises:
+        ValueError: the model has no linear layer to quantise, its weights are not finite, the calibration text is too
+            short, or the budget too small. The model is as it was then, unless solving had begun.
+    """
+    progress = progress or Progress()
+    names = linear_names(model, config) if names is None else names
+    layers = {name: model.get_submodule(name) for name in names}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantise.")
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise ValueError(f"{name}.weight holds values that are not finite; there is nothing to quantise it to.")
+    if config.calibration is None:
+        for name in tqdm(names, desc="Quantising", disable=not progress.show):
+            _replace(model, name, config.shape_for(*layers[name].weight.shape), None, None, config, progress)
+    else:
+        _quantize_calibrated(model, layers, config, progress)
+    config.record({name: model.get_submodule(name) for name in names})
+    return progress.errors
+
+
+def linear_names(model: Any, config: ReALLMConfig) -> list[str]:
+    """The linear layers that ``config`` would quantise: all but the output head and those excluded by name.
+
+    Raises:
+        ValueError: an exclusion matches nothing.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    found = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for pattern in config.modules_to_not_convert or []:
+        if all(should_convert_module(name, [pattern]) for name, _ in model.named_modules()):
+            raise ValueError(f"modules_to_not_convert names {pattern!r}, which no module of the model matches.")
+    excluded = [*get_keys_to_not_convert(model), *(config.modules_to_not_convert or [])]
+    return [name for name in found if should_convert_module(name, excluded)]
+
+
+def _quantize_calibrated(model: Any, layers: dict[str, Any], config: ReALLMConfig, progress: Progress) -> None:
+    windows = _windows(model, config)
+    path, blocks = find_blocks(model)
+    shapes = {name: config.shape_for(*layer.weight.shape) for name, layer in layers.items()}
+    rows: Mapping[str, Tensor] = {}
+    few = windows[:SURVEY_WINDOWS, :SURVEY_LENGTH]
+    if config.row_weights or config.budget is not None:
+        rows = output_gradients(model, layers, few)
+    if config.budget is not None:
+        base = config.shape_for(2**15, 2**15)
+        shapes = make_plan(_profiles(model, layers, rows, few, config), base, config.budget)
+    weights = rows if config.row_weights else {}
+    with torch.no_grad():
+        stream = capture_block_inputs(model, blocks, windows)
+        outside = [name for name in layers if not name.startswith(f"{path}.")]
+        with tqdm(total=len(layers), desc="Quantising", disable=not progress.show) as bar:
+            for name in outside:
+                _replace(model, name, shapes[name], None, None, config, progress)
+                bar.update()
+            for index, block in enumerate(blocks):
+                inside = {name: layer for name, layer in layers.items() if name.startswith(f"{path}.{index}.")}
+                moments = Moments()
+                if not all(_is_kept(name, progress) for name in inside):
+                    with moments.watching(inside):
+                        stream.run(block, index, keep=False)
+                for name in inside:
+                    _replace(model, name, shapes[name], moments.hessian(name), weights.get(name), config, progress)
+                    bar.update()
+                stream.run(block, index, keep=True)
+
+
+def _windows(model: Any, config: ReALLMConfig) -> Tensor:
+    tokenizer = config.tokenizer
+    if tokenizer is None and not isinstance(config.calibration, Tensor):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    return calibration_windows(config.calibration, tokenizer, config.calibration_windows, config.window_length)
+
+
+def _profiles(
+    model: Any, layers: Mapping[str, Any], rows: Mapping[str, Tensor], windows: Tensor, config: ReALLMConfig
+) -> dict[str, MatrixProfile]:
+    """What a plan needs to know of every matrix, from one pass over a few windows, block by block."""
+    path, blocks = find_blocks(model)
+    stream = capture_block_inputs(model, blocks, windows)
+    profiles: dict[str, MatrixProfile] = {}
+    for name, hessian in _hessians(layers, path, blocks, stream):
+        weight = layers[name].weight.detach().float()
+        importance = rows.get(name, torch.ones(len(weight)))
+        energy = float((importance * weight.square().mean(1)).sum())
+        perm = hessian.diagonal().argsort(descending=True)
+        columns = curvature(hessian, config.damping, perm).column_weights.sort(descending=True).values
+        profiles[name] = MatrixProfile(*weight.shape, energy, columns)
+    return {name: profiles[name] for name in layers}
+
+
+def _hessians(
+    layers: Mapping[str, Any], path: str, blocks: nn.ModuleList, stream: Any
+) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in layers.items():
+        if not name.startswith(f"{path}."):
+            yield name, torch.eye(layer.in_features)
+    for index, block in enumerate(blocks):
+        inside = {name: layer for name, layer in layers.items() if name.startswith(f"{path}.{index}.")}
+        moments = Moments()
+        with torch.no_grad(), moments.watching(inside):
+            stream.run(block, index, keep=True)
+        for name, layer in inside.items():
+            hessian = moments.hessian(name)
+            yield name, torch.eye(layer.in_features) if hessian is None else hessian
+
+
+def _replace(
+    model: Any,
+    name: str,
+    shape: MatrixShape,
+    hessian: Tensor | None,
+    rows: Tensor | None,
+    config: ReALLMConfig,
+    progress: Progress,
+) -> None:
+    """Solve one layer, or take what an earlier run has kept of it, and put it in the model."""
+    layer = model.get_submodule(name)
+    kept = _kept_file(name, progress)
+    if kept is not None and kept.exists():
+        parts = load_file(kept)
+        progress.errors[name] = float(parts.pop("error"))
+        known = MatrixShape(**{**shape.to_dict(), "permute": "perm" in parts})
+        known = MatrixShape(**{**known.to_dict(), "rank": len(parts["lr_a"]) if "lr_a" in parts else 0})
+    else:
+        solution = solve(layer.weight, shape, hessian, rows, config.effort())
+        parts, known, progress.errors[name] = solution.parts, solution.shape, solution.error
+        if kept is not None:
+            _keep(kept, parts, solution.error)
+    model.set_submodule(name, ReALLMLinear.from_parts(parts, known, layer.in_features, layer.bias))
+
+
+def _keep(file: Path, parts: Mapping[str, Tensor], error: float) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".new")
+    save_file({**{name: part.contiguous() for name, part in parts.items()}, "error": torch.tensor(error)}, unfinished)
+    unfinished.replace(file)
+
+
+def _kept_file(name: str, progress: Progress) -> Path | None:
+    return None if progress.folder is None else progress.folder / f"{name}.safetensors"
+
+
+def _is_kept(name: str, progress: Progress) -> bool:
+    kept = _kept_file(name, progress)
+    return kept is not None and kept.exists()

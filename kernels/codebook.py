@@ -1,0 +1,118 @@
+"""Linear layers whose weight is looked up in a codebook: decoding, and the whole product in one call.
+
+A weight ``[out, in]`` is stored as one code per ``d`` consecutive columns. Position ``k`` of the decoded row is column
+``perm[k]`` of the weight; its value is ``scales[:, k // group] * table[code][k % d] + zeros[:, k // group]``.
+`decode_reference` is the definition. On the CPU a compiled path decodes and multiplies in one go (`codebook_cpu`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_ext.kernels.codebook_cpu import decode_compiled, gemv_compiled
+from hf_ext.kernels.pack import unpack
+
+GEMV_ROWS = 4  # up to this many input rows a fused product beats decoding once and multiplying
+
+
+@dataclass(frozen=True)
+class CodebookWeight:
+    """The stored form of a weight ``[out, in]`` and the low-rank term added to it.
+
+    Attributes:
+        qweight: packed codes, uint8 ``[out, ceil(ceil(in / d) * code_bits / 8)]``.
+        table: codewords ``[2 ** code_bits, d]``, float32.
+        scales: ``[out, groups]``; one group or groups of ``group`` columns, in the order of the codes.
+        in_features: columns of the weight; the last codeword of a row may reach beyond and is cut.
+        code_bits: bits per code, 1 to 8.
+        group: columns per scale; a multiple of ``d`` unless there is one group.
+        zeros: ``[out, groups]`` added after scaling, or None.
+        perm: integers ``[in]``, the column that each position stands for, or None for columns in their own order.
+        lr_a: ``[r, in]``, or None without a low-rank term.
+        lr_b: ``[out, r]``; the term is ``lr_b @ lr_a``.
+    """
+
+    qweight: Tensor
+    table: Tensor
+    scales: Tensor
+    in_features: int
+    code_bits: int
+    group: int
+    zeros: Tensor | None = None
+    perm: Tensor | None = None
+    lr_a: Tensor | None = None
+    lr_b: Tensor | None = None
+
+
+def decode_reference(weight: CodebookWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense weight ``[out, in]`` without its low-rank term."""
+    size = weight.table.shape[1]
+    codes = unpack(weight.qweight, weight.code_bits, -(-weight.in_features // size))
+    values = weight.table.float()[codes.long()].flatten(1)[:, : weight.in_features]
+    values = scale_groups(values, weight.scales, weight.zeros, weight.group)
+    return to_columns(values, weight.perm).to(dtype)
+
+
+def decode(weight: CodebookWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`decode_reference` on the fastest path that this device has."""
+    values = decode_compiled(weight, dtype)
+    return decode_reference(weight, dtype) if values is None else values
+
+
+def codebook_linear(x: Tensor, weight: CodebookWeight, bias: Tensor | None = None) -> Tensor:
+    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, without keeping ``Q`` dense.
+
+    The gradient with respect to ``x`` decodes again; the stored weight gets none. Results come in the type of ``x``.
+    """
+    y = _CodebookProduct.apply(x, weight)
+    if weight.lr_a is not None and weight.lr_b is not None:
+        y = y + low_rank_product(x, weight.lr_a, weight.lr_b)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def codebook_linear_reference(x: Tensor, weight: CodebookWeight, bias: Tensor | None = None) -> Tensor:
+    """The same product from the dense weight, in float32."""
+    dense = decode_reference(weight)
+    if weight.lr_a is not None and weight.lr_b is not None:
+        dense = dense + weight.lr_b.float() @ weight.lr_a.float()
+    return torch.nn.functional.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
+
+
+def low_rank_product(x: Tensor, lr_a: Tensor, lr_b: Tensor) -> Tensor:
+    """``x @ lr_a.T @ lr_b.T`` in the type of ``x``: the same operations, in the same order, as a LoRA adapter's."""
+    return torch.nn.functional.linear(torch.nn.functional.linear(x, lr_a.to(x.dtype)), lr_b.to(x.dtype))
+
+
+def scale_groups(values: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
+    """``values`` ``[out, in]`` times the scale of their group, plus its zero point, in float32."""
+    if scales.shape[1] > 1:
+        scales = scales.repeat_interleave(group, dim=1)[:, : values.shape[1]]
+        zeros = None if zeros is None else zeros.repeat_interleave(group, dim=1)[:, : values.shape[1]]
+    values = values * scales.float()
+    return values if zeros is None else values + zeros.float()
+
+
+def to_columns(values: Tensor, perm: Tensor | None) -> Tensor:
+    """Move position ``k`` of the last dimension to column ``perm[k]``."""
+    if perm is None:
+        return values
+    return torch.empty_like(values).index_copy_(-1, perm.long(), values)
+
+
+class _CodebookProduct(torch.autograd.Function):
+    """``x @ Q.T``: decoded for this call only, and once more for the gradient."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: CodebookWeight) -> Tensor:
+        ctx.weight = weight  # type: ignore[attr-defined]
+        rows = x.numel() // max(1, x.shape[-1])
+        if 0 < rows <= GEMV_ROWS:
+            y = gemv_compiled(x, weight)
+            if y is not None:
+                return y
+        return torch.nn.functional.linear(x, decode(weight, x.dtype))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ decode(ctx.weight, grad.dtype), None  # type: ignore[attr-defined]

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_ext.kernels.codebook import (
+    CodebookWeight,
+    codebook_linear,
+    codebook_linear_reference,
+    decode,
+    decode_reference,
+)
+from hf_ext.kernels.pack import pack
+from hf_ext.testing import assert_close
+
+
+def random_weight(out, columns, size, code_bits, group=0, zeros=False, perm=False, rank=0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**code_bits, (out, -(-columns // size)), generator=g)
+    groups = -(-columns // group) if group else 1
+    return CodebookWeight(
+        pack(codes, code_bits),
+        torch.randn(2**code_bits, size, generator=g).half().float(),
+        (torch.rand(out, groups, generator=g) + 0.5).half(),
+        columns,
+        code_bits,
+        group or columns,
+        torch.randn(out, groups, generator=g).half() if zeros else None,
+        torch.randperm(columns, generator=g).to(torch.int16) if perm else None,
+        torch.randn(rank, columns, generator=g) if rank else None,
+        torch.randn(out, rank, generator=g) if rank else None,
+    )
+
+
+def by_hand(weight):
+    """Every element on its own, in float64, from the bits of the packed bytes."""
+    out, columns, bits, size = len(weight.qweight), weight.in_features, weight.code_bits, weight.table.shape[1]
+    dense = np.zeros((out, columns))
+    stream = np.unpackbits(weight.qweight.numpy(), axis=1, bitorder="little")
+    for row in range(out):
+        for k in range(columns):
+            number = k // size
+            code = sum(int(stream[row, number * bits + i]) << i for i in range(bits))
+            value = float(weight.table[code, k % size]) * float(weight.scales[row, k // weight.group])
+            value += 0.0 if weight.zeros is None else float(weight.zeros[row, k // weight.group])
+            dense[row, k if weight.perm is None else int(weight.perm[k])] = value
+    return torch.from_numpy(dense)
+
+
+FORMATS = [(1, 3), (1, 4), (2, 4), (2, 5), (2, 6), (2, 7), (2, 8), (3, 7), (3, 8), (4, 6), (4, 7), (4, 8), (8, 8)]
+
+
+@pytest.mark.parametrize("size, code_bits", FORMATS)
+@pytest.mark.parametrize("columns", [64, 37])
+@pytest.mark.parametrize("perm", [False, True])
+def test_decoding_equals_every_element_by_hand(size, code_bits, columns, perm):
+    weight = random_weight(5, columns, size, code_bits, perm=perm)
+    assert_close("reference", by_hand(weight), decode_reference(weight), 1e-6)
+    assert torch.equal(decode(weight), decode_reference(weight))
+    assert torch.equal(decode(weight, torch.bfloat16), decode_reference(weight, torch.bfloat16))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    out=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    form=st.sampled_from(FORMATS),
+    groups=st.integers(0, 3),
+    zeros=st.booleans(),
+    perm=st.booleans(),
+    rank=st.integers(0, 2),
+    rows=st.integers(1, 6),
+)
+def test_the_product_equals_the_dense_one(out, columns, form, groups, zeros, perm, rank, rows):
+    weight = random_weight(out, columns, *form, group=form[0] * 8 * groups, zeros=zeros, perm=perm, rank=rank)
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    bias = torch.linspace(-1, 1, out)
+    dense = by_hand(weight) + (0 if weight.lr_a is None else weight.lr_b.double() @ weight.lr_a.double())
+    expected = x.double() @ dense.T + bias.double()
+    assert_close("reference", expected, codebook_linear_reference(x, weight, bias), 1e-5)
+    assert_close("product", expected, codebook_linear(x, weight, bias), 1e-5)
+
+
+@pytest.mark.parametrize("size, code_bits", FORMATS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
+def test_one_token_in_every_type(size, code_bits, dtype, tolerance):
+    weight = random_weight(192, 576, size, code_bits, perm=True, rank=4)
+    x = torch.randn(1, 1, 576, generator=torch.Generator().manual_seed(2)).to(dtype)
+    y = codebook_linear(x, weight)
+    assert y.dtype == dtype and y.shape == (1, 1, 192)
+    assert_close("token", codebook_linear_reference(x.double().float(), weight), y.float(), tolerance)
+
+
+def test_no_rows_in_none_out():
+    assert codebook_linear(torch.zeros(0, 36), random_weight(24, 36, 2, 6)).shape == (0, 24)
+
+
+def test_strided_input_and_three_dimensions():
+    weight = random_weight(24, 36, 2, 6, perm=True)
+    x = torch.randn(36, 3, 2).permute(2, 1, 0)
+    assert_close("strided", x @ decode_reference(weight).T, codebook_linear(x, weight), 1e-5)
+
+
+def test_the_gradient_is_that_of_the_dense_product():
+    weight = random_weight(12, 20, 4, 8, perm=True, rank=2)
+    x = torch.randn(3, 20, requires_grad=True)
+    y = torch.randn(3, 12)
+    (actual,) = torch.autograd.grad((codebook_linear(x, weight) * y).sum(), x)
+    (expected,) = torch.autograd.grad((codebook_linear_reference(x, weight) * y).sum(), x)
+    assert_close("gradient", expected, actual, 1e-5)

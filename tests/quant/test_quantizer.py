@@ -1,0 +1,317 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from hf_ext import ReALLMConfig, ReALLMLinear
+from hf_ext.quant.integrity import bits_on_disk
+from hf_ext.quant.linear import quantized_layers, set_decode_mode
+from hf_ext.testing import ragged_batch, tiny_model
+
+IDS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(3))
+CALIBRATED = {"calibration": IDS, "windows": 8, "window_length": 32}
+
+
+def saved_model(path, family="llama", **overrides):
+    tiny_model(family, **overrides).save_pretrained(path)
+    return path
+
+
+def load(path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return saved_model(tmp_path_factory.mktemp("plain"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def quantized(plain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    load(plain, quantization_config=ReALLMConfig(bits=3, rank=2, **CALIBRATED)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3, "rank": 2},
+        {"bits": 3, "rank": 2, "dtype": torch.bfloat16},
+        {"bits": 3, "rank": 2, "dtype": torch.float16},
+        {"bits": 2, "rank": 4, "low_rank_bits": 8, **CALIBRATED},
+        {"budget": 4.6, **CALIBRATED},
+        {"bits": 4, "codebook": "nf4", "group_size": 16, "scale_bits": 32, "rank": 0},
+        {"bits": 3, "codebook": "uniform", "affine": True, "group_size": 16, "rank": 0},
+        {"bits": 3, "row_weights": True, "preset": "quality", "rounds": 2, **CALIBRATED},
+    ],
+)
+def test_what_was_quantised_on_loading_is_what_is_loaded_again(plain, tmp_path, options):
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
+    model, info = load(plain, quantization_config=ReALLMConfig(**options), dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    assert len(quantized_layers(model)) == 28
+    assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+    batch = ragged_batch([9, 4])
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again, info = load(tmp_path, dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(again(**batch).logits, expected)
+    assert torch.equal(again.generate(**batch, max_new_tokens=8), model.generate(**batch, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "phi3", "gpt_neox", "olmo2"])
+def test_other_families(family, tmp_path):
+    folder = saved_model(tmp_path / "plain", family)
+    model = load(folder, quantization_config=ReALLMConfig(bits=4, rank=2, **CALIBRATED))
+    reference = load(folder)
+    batch = ragged_batch([9, 4])
+    gap = (model(**batch).logits - reference(**batch).logits)[0].std() / reference(**batch).logits[0].std()
+    assert quantized_layers(model) and gap < 0.35
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(**batch).logits, model(**batch).logits)
+
+
+def test_saving_again_gives_the_same_bytes_also_after_use(quantized, tmp_path):
+    model = load(quantized)
+    model(**ragged_batch([5]))
+    model.to(torch.bfloat16).to(torch.float32)
+    set_decode_mode(model, "once")
+    model(**ragged_batch([5]))
+    load(quantized).save_pretrained(tmp_path / "fresh")
+    model.save_pretrained(tmp_path / "used")
+    digests = [
+        hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        for folder in (quantized, tmp_path / "fresh")
+    ]
+    assert digests[0] == digests[1]
+    for name, layer in quantized_layers(load(tmp_path / "used")).items():
+        kept = quantized_layers(load(quantized))[name]
+        assert all(torch.equal(layer.parts[part], tensor) for part, tensor in kept.parts.items())
+
+
+def test_bits_are_counted_from_the_bytes_on_disk(quantized):
+    bits = bits_on_disk(quantized)
+    model = load(quantized)
+    layers = quantized_layers(model).values()
+    held = sum(part.numel() * part.element_size() for layer in layers for part in layer.parts.values())
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    assert bits["linear_bytes"] == held and bits["linear_weights"] == weights
+    assert bits["linear"] == pytest.approx(
+        sum(
+            layer.shape.bits_per_weight(layer.out_features, layer.in_features) * layer.weight.numel()
+            for layer in layers
+        )
+        / weights
+    )
+    assert bits["file_bytes"] == (quantized / "model.safetensors").stat().st_size
+    assert bits["weights"] == sum(p.numel() for p in tiny_model(tie_word_embeddings=True).parameters())
+
+
+def test_calibrating_lowers_the_error_of_the_outputs(plain):
+    reference = load(plain)
+    ids = torch.randint(3, 128, (4, 32), generator=torch.Generator().manual_seed(9))
+
+    def gap(**options):
+        model = load(plain, quantization_config=ReALLMConfig(bits=2, rank=2, **options))
+        return float((model(ids).logits - reference(ids).logits).square().mean())
+
+    assert gap(**CALIBRATED) < 0.8 * gap()
+
+
+def test_layers_can_be_left_alone(plain):
+    model = load(plain, quantization_config=ReALLMConfig(modules_to_not_convert=["o_proj", "model.layers.1.mlp"]))
+    kept = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    assert len([name for name in kept if name.endswith("o_proj")]) == 4
+    assert "model.layers.1.mlp.up_proj" in kept and "lm_head" in kept
+    with pytest.raises(ValueError, match="modules_to_not_convert names 'w_proj', which no module"):
+        load(plain, quantization_config=ReALLMConfig(modules_to_not_convert=["w_proj"]))
+
+
+def test_a_device_map_works_and_the_disk_is_refused(plain, quantized):
+    expected = load(quantized)(**ragged_batch([5])).logits
+    for device_map in ("cpu", "auto", {"": "cpu"}):
+        assert torch.equal(load(quantized, device_map=device_map)(**ragged_batch([5])).logits, expected)
+    with pytest.raises(ValueError, match="cannot be offloaded to disk"):
+        load(quantized, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_dequantising_gives_a_plain_model(quantized, tmp_path):
+    model = load(quantized)
+    expected = model(**ragged_batch([5])).logits
+    plain = model.dequantize()
+    assert not quantized_layers(plain)
+    torch.testing.assert_close(plain(**ragged_batch([5])).logits, expected, atol=1e-5, rtol=1e-4)
+    plain.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not config.get("quantization_config") and not config.get("fusion_config")
+
+
+def in_a_new_process(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+    )
+
+
+def test_a_fresh_process_gets_the_same_logits(quantized, tmp_path):
+    expected = load(quantized)(IDS[:2]).logits
+    torch.save({"ids": IDS[:2], "expected": expected}, tmp_path / "data.pt")
+    code = f"""
+import hf_ext, torch
+from transformers import AutoModelForCausalLM
+data = torch.load({str(tmp_path / "data.pt")!r})
+model = AutoModelForCausalLM.from_pretrained({str(quantized)!r})
+assert torch.equal(model(data["ids"]).logits, data["expected"])
+print("equal")
+"""
+    result = in_a_new_process(code)
+    assert "equal" in result.stdout, result.stderr
+
+
+def test_a_process_without_hf_ext_refuses(quantized):
+    code = f"""
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained({str(quantized)!r})
+"""
+    result = in_a_new_process(code)
+    assert result.returncode and "Unknown fusion type: hf_ext" in result.stderr
+
+
+def copy_of(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.9, 0.999])
+def test_a_flipped_byte_is_noticed(quantized, tmp_path, where):
+    file = copy_of(quantized, tmp_path) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[int(where * len(data))] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load(tmp_path)
+
+
+def test_a_truncated_file_is_noticed(quantized, tmp_path):
+    file = copy_of(quantized, tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises((ValueError, OSError)):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.scales", "model.norm.weight"])
+def test_a_missing_tensor_is_noticed(quantized, tmp_path, name):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    file = copy_of(quantized, tmp_path) / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata)
+    with pytest.raises(ValueError, match=f"1 tensors are missing from the checkpoint, the first is {name}"):
+        load(tmp_path)
+
+
+def edited(folder, tmp_path, change):
+    path = copy_of(folder, tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda q: q.update(format_version=2), "saved in format 2 of ReALLM; this version of hf_ext reads format 1"),
+        (lambda q: q.update(plan=None), "holds no plan"),
+        (lambda q: q.update(shapes=[]), "does not fit the shapes"),
+        (lambda q: q.update(new_option=1), "ReALLMConfig has no option 'new_option'"),
+        (lambda q: q["shapes"][0].update(vector_size=3), "mismatched"),
+    ],
+)
+def test_a_config_of_another_version_is_refused(quantized, tmp_path, change, sentence):
+    with pytest.raises((ValueError, RuntimeError), match=sentence):
+        load(edited(quantized, tmp_path, change))
+
+
+def test_nothing_half_written_is_taken_for_whole(quantized, tmp_path, monkeypatch):
+    import transformers.modeling_utils
+
+    model, calls = load(quantized), []
+
+    def full_disk(tensors, path, **kwargs):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return original(tensors, path, **kwargs)
+
+    original = transformers.modeling_utils.safe_save_file
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path, max_shard_size="30KB")
+    with pytest.raises(OSError):
+        load(tmp_path)
+
+
+def test_bad_models_and_weights_are_refused(plain, tmp_path):
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=16))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no linear layer to quantise"):
+        load(tmp_path / "gpt2", quantization_config=ReALLMConfig())
+    broken = tiny_model()
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight holds values that are not finite"):
+        load(tmp_path / "broken", quantization_config=ReALLMConfig(**CALIBRATED))
+    with pytest.raises(RuntimeError, match="conversion"):  # the host's own error, with ours in its report
+        load(tmp_path / "broken", quantization_config=ReALLMConfig())
+    with pytest.raises(ValueError, match="runs in float32, float16 or bfloat16"):
+        load(plain, quantization_config=ReALLMConfig(), dtype=torch.float8_e4m3fn)
+
+
+def test_a_config_can_be_used_again(plain):
+    config = ReALLMConfig(modules_to_not_convert=["mlp"])
+    first, second = (load(plain, quantization_config=config)(**ragged_batch([5])).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"bits": 0.5}, "bits must be a number from 1 to 8, got 0.5"),
+        ({"bits": 2.1}, "bits must be a whole number of bits per 1 to 4 weights, got 2.1"),
+        ({"bits": 3, "vector_size": 4}, "code_bits must be a whole number from 1 to 8, got 12"),
+        ({"rank": -1}, "rank must be a whole number"),
+        ({"budget": 3}, "budget chooses shapes by error and needs calibration"),
+        ({"budget": 1, "calibration": IDS}, "budget must be from 1.5 to 16"),
+        ({"preset": "slow"}, "preset must be one of fast, quality, got 'slow'"),
+        ({"damping": 0}, "damping must be above 0"),
+        ({"windows": 0}, "windows must be a whole number, at least 1"),
+        ({"bit": 3}, "ReALLMConfig has no option 'bit'; allowed: bits"),
+        ({"decoder": "cnn"}, "decoder must be one of"),
+    ],
+)
+def test_bad_options_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ReALLMConfig(**options)
+
+
+def test_short_calibration_leaves_the_error(plain):
+    with pytest.raises(ValueError, match=r"at least \[9, 32\], got \[8, 32\]"):
+        load(plain, quantization_config=ReALLMConfig(calibration=IDS, windows=9, window_length=32))
+
+
+def test_loading_changes_nothing_without_the_flag(plain):
+    assert not any(isinstance(module, ReALLMLinear) for module in load(plain).modules())
