@@ -29,3 +29,14 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """Every option as plain JSON values, so that a saved config keeps its meaning if a default changes."""
         return asdict(self)
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """``value`` as an int.
+
+    Raises:
+        ValueError: it is no integer of at least 1; ``name`` says what it was for.
+    """
+    if isinstance(value, bool) or value != int(value) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    return int(value)

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from hf_ext.data.curriculum import Curriculum, check_cycles, curriculum_odds, epoch_order
+from hf_ext.data.curriculum import Curriculum, curriculum_odds, epoch_order
 from hf_ext.data.mixture import Mixture, mixture_batches
 from hf_ext.data.pieces import Integers
 from hf_ext.data.statistics import exponents
+from hf_ext.options import positive_integer
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,9 @@ class BucketBatchSampler(Sampler[list[int]]):
         self._ks = np.flatnonzero(counts)
         self._counts = counts[self._ks]
         self.lengths = [1 << int(k) for k in self._ks]
-        self.tokens_per_batch = _positive("tokens_per_batch", tokens_per_batch)
-        self.micro_batches = _positive("micro_batches", micro_batches)
-        check_cycles(cycles)
+        self.tokens_per_batch = positive_integer("tokens_per_batch", tokens_per_batch)
+        self.micro_batches = positive_integer("micro_batches", micro_batches)
+        positive_integer("cycles", cycles)
         self.batches = self._plan_mixture(mixture)
         used = [length for length, n in zip(self.lengths, self.batches, strict=True) if n]
         self._odds = np.zeros(len(self.lengths))
@@ -277,12 +278,6 @@ def _seed(seed: int) -> int:
     if seed != int(seed) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}.")
     return int(seed)
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or value != int(value) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    return int(value)
 
 
 def _json(value: Any) -> Any:

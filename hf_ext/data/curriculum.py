@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_ext.data.pieces import Integers
+from hf_ext.options import positive_integer
 
 CURRICULA = ("uniform", "grow-linear", "grow-p2", "grow-p100", "shrink-linear", "shrink-p2", "shrink-p100")
 ODDS_MODES = ("token-weighted", "paper")
@@ -65,16 +66,6 @@ def _named_odds(odds: Mapping[int, float], lengths: Sequence[int], empty: Sequen
     return np.array([named[length] for length in lengths])
 
 
-def check_cycles(cycles: int) -> None:
-    """Refuse a number of cycles that is no positive integer.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if isinstance(cycles, bool) or cycles != int(cycles) or cycles < 1:
-        raise ValueError(f"cycles must be a positive integer, got {cycles!r}.")
-
-
 def epoch_order(
     batches: Integers, odds: NDArray[np.float64], cycles: int, rng: np.random.Generator, odds_mode: str
 ) -> NDArray[np.int8]:
@@ -95,7 +86,7 @@ def epoch_order(
     Raises:
         ValueError: ``odds_mode`` is neither, or ``cycles`` is no positive integer.
     """
-    check_cycles(cycles)
+    positive_integer("cycles", cycles)
     if odds_mode not in ODDS_MODES:
         raise ValueError(f"odds_mode must be one of {', '.join(ODDS_MODES)}, got {odds_mode!r}.")
     rates = odds * batches if odds_mode == "token-weighted" else odds
