@@ -1,5 +1,6 @@
 """What the preference studies share: quiet arguments, the supervised stage, and exact probabilities of replies."""
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
+from _run import Report
 from torch import Tensor
 from transformers import PrinterCallback, Trainer
 
@@ -22,6 +24,16 @@ QUIET = {
     "disable_tqdm": True,
     "lr_scheduler_type": "cosine",
 }
+
+
+def resume(report: Report) -> set[tuple[int, str]]:
+    """Take over the rows that an interrupted run of the same settings has saved; returns their (seed, method)."""
+    path = report.folder / f"{report.stem}.json"
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["settings"] == report.settings:
+            report.rows = stored["rows"]
+    return {(row["seed"], row["method"]) for row in report.rows}
 
 
 def train(trainer: Trainer) -> Trainer:

@@ -10,12 +10,14 @@ good reply.
 import argparse
 import itertools
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
-from _preference import QUIET, clone, loss_statistics, reply_logps, supervised, train
+from _preference import QUIET, loss_statistics, reply_logps, resume, supervised, train
 from _run import RESULTS, Report
 from datasets import Dataset
+from transformers import LlamaForCausalLM
 
 from hf_ext.data.preference_toy import ToxicTask, tiny_llama, word_tokenizer
 from hf_ext.trainers.adpo_config import ADPOConfig
@@ -27,6 +29,10 @@ ARMS: dict[str, dict[str, Any]] = {
     **{f"ADPO, lambda {lam:g}": {"toxic_weight": lam} for lam in (0.1, 0.25, 0.5, 1.0, 2.0)},
     **{f"ADPO ref, lambda {lam:g}": {"toxic_weight": lam, "toxic_reference": "ref"} for lam in (0.25, 1.0)},
     **{f"ADPO pairwise, lambda {lam:g}": {"toxic_weight": lam, "toxic_loss": "pairwise"} for lam in (0.25, 1.0)},
+    **{
+        f"DPO, toxic as rejected, batch {batch}": {"toxic_weight": 0.0, "extra_pairs": True, "batch": batch}
+        for batch in (32, 64)
+    },
     **{f"ADPO joint, lambda {lam:g}": {"toxic_weight": lam, "toxic_loss": "joint"} for lam in (0.25, 1.0)},
 }
 
@@ -57,36 +63,32 @@ def extra_pairs(triples: list[dict[str, str]]) -> list[dict[str, str]]:
     return kept + [{**pair, "rejected": row["toxic"]} for pair, row in zip(kept, triples, strict=True)]
 
 
-def run_seed(report: Report, seed: int, steps: int) -> None:
-    """Supervised stage and every arm."""
-    tokenizer = word_tokenizer(TASK.words)
-    model = tiny_llama(tokenizer, hidden_size=64, seed=seed)
-    model = supervised(model, tokenizer, TASK.supervised(12800, seed), 300, seed).eval()
-    report.row(seed=seed, method="SFT", **probabilities(model, tokenizer))
-    triples = TASK.triples(3200, seed)
+def start(seed: int, work: Path) -> tuple[Any, Any]:
+    """The supervised model, kept in the work folder, and its tokenizer."""
+    tokenizer, folder = word_tokenizer(TASK.words), work / f"supervised_{seed}"
+    if not (folder / "config.json").exists():
+        model = tiny_llama(tokenizer, hidden_size=64, seed=seed)
+        supervised(model, tokenizer, TASK.supervised(12800, seed), 600, seed).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder), tokenizer
 
-    def arm(method: str, rows: list[dict[str, str]], batch: int = 32, **options: Any) -> None:
-        args = ADPOConfig(
-            tempfile.mkdtemp(),
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=2e-4,
-            beta=0.1,
-            seed=seed,
-            **QUIET,
-            **options,
-        )
-        data = Dataset.from_list(rows)
-        trainer = ADPOTrainer(clone(model), args=args, train_dataset=data, processing_class=tokenizer)
-        train(trainer)
-        values = probabilities(trainer.model.eval(), tokenizer)
-        report.row(seed=seed, method=method, **values, **loss_statistics(trainer))
 
-    for method, options in ARMS.items():
-        arm(method, triples, **options)
-    doubled = extra_pairs(triples)
-    arm("DPO, toxic as rejected, batch 32", doubled, toxic_weight=0.0)
-    arm("DPO, toxic as rejected, batch 64", doubled, batch=64, toxic_weight=0.0)
+def run_arm(report: Report, method: str, seed: int, steps: int, work: Path) -> None:
+    """Train and measure one arm."""
+    model, tokenizer = start(seed, work)
+    if method == "SFT":
+        report.row(seed=seed, method=method, **probabilities(model.eval(), tokenizer))
+        return
+    rows, options = TASK.triples(3200, seed), dict(ARMS[method])
+    if options.pop("extra_pairs", False):
+        rows = extra_pairs(rows)
+    args = ADPOConfig(
+        tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=options.pop("batch", 32), learning_rate=2e-4,
+        beta=0.1, seed=seed, **QUIET, **options,
+    )  # fmt: skip
+    data = Dataset.from_list(rows)
+    trainer = train(ADPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer))
+    values = probabilities(trainer.model.eval(), tokenizer)
+    report.row(seed=seed, method=method, **values, **loss_statistics(trainer))
 
 
 def plot(report: Report) -> None:
@@ -108,12 +110,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--work", type=Path, default=None, help="folder for policies, to go on in a later call")
+    parser.add_argument("--runs", type=int, default=None, help="stop after so many new rows")
     options = parser.parse_args()
-    settings = {**vars(options), "batch": 32, "lr": 2e-4, "beta": 0.1, "toxic_beta": 0.1, "model": "2 layers x 64"}
+    work = options.work or Path(tempfile.mkdtemp())
+    settings = {
+        "steps": options.steps,
+        "batch": 32,
+        "lr": 2e-4,
+        "beta": 0.1,
+        "toxic_beta": 0.1,
+        "model": "2 layers x 64",
+    }
     report = Report("adpo", settings)
+    done, left = resume(report), options.runs
     for seed in range(options.seeds):
-        run_seed(report, seed, options.steps)
-        report.save()
+        for method in ("SFT", *ARMS):
+            if (seed, method) in done or left == 0:
+                continue
+            run_arm(report, method, seed, options.steps, work)
+            report.save()
+            left = None if left is None else left - 1
     plot(report)
 
 

@@ -10,11 +10,15 @@ import argparse
 import dataclasses
 import math
 import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from _preference import QUIET, clone, reply_logps, supervised, train
+from _preference import QUIET, reply_logps, resume, supervised, train
 from _run import RESULTS, Report
 from datasets import Dataset
+from transformers import LlamaForCausalLM
 
 from hf_ext.data.preference_toy import ConflictTask, tiny_llama, word_tokenizer
 from hf_ext.trainers.spo_config import SPOConfig
@@ -25,9 +29,14 @@ LAMBDAS = (0.5, 1.0, 1.5)
 SACPO_BETAS = (2.0, 4.0)
 
 
-def sigmoid(value: float) -> float:
+def logistic(value: float) -> float:
     """The logistic function."""
     return 1 / (1 + math.exp(-value))
+
+
+def logit(p: float) -> float:
+    """Its inverse."""
+    return math.log(p / (1 - p))
 
 
 def answers(model: Any, tokenizer: Any) -> dict[str, float]:
@@ -57,66 +66,92 @@ def arguments(steps: int, seed: int, beta: float = 1.0, **options: Any) -> SPOCo
 
 
 class Study:
-    """One seed: the policies of both rounds under every method."""
+    """One seed: the policies of both rounds under every method.
 
-    def __init__(self, report: Report, seed: int, steps: int) -> None:
-        self.report, self.seed, self.steps = report, seed, steps
+    Args:
+        report: takes a row for each policy.
+        seed: of weights, data and order.
+        steps: of each round.
+        work: folder that keeps ``pi_0`` and ``pi_1`` between calls.
+    """
+
+    def __init__(self, report: Report, seed: int, steps: int, work: Path) -> None:
+        self.report, self.seed, self.steps, self.work = report, seed, steps, work
         self.tokenizer = word_tokenizer(TASK.words)
         self.data = {d: Dataset.from_list(TASK.pairs(8000, d, seed)) for d in (1, 2)}
-        model = tiny_llama(self.tokenizer, seed=seed)
-        self.start = supervised(model, self.tokenizer, TASK.supervised(6400, seed), 100, seed).eval()
-        self.base = self.record("pi_0", self.start, float("nan"), float("nan"))
+        self.methods: dict[str, Callable[[], tuple[Any, float, float]]] = {
+            "pi_0": lambda: (self.start(), 0.0, 0.0),
+            "round 1": lambda: (self.one(), 2.0, 0.0),
+        }
+        for beta in (1.0, *SACPO_BETAS):
+            name = "sequential DPO" if beta == 1 else f"sequential DPO, beta {beta:g}"
+            self.methods[name] = partial(self.sequential, beta)
+        for lam in LAMBDAS:
+            self.methods[f"SPO, lambda {lam:g}"] = partial(self.spo, lam)
+            self.methods[f"MODPO form, w_0 = 1/{2 + lam:g}"] = partial(self.modpo, lam)
 
-    def record(self, method: str, model: Any, theory_a: float, theory_b: float) -> dict[str, Any]:
-        """Add a row for this policy."""
-        values = answers(model.eval(), self.tokenizer)
-        return self.report.row(seed=self.seed, method=method, **values, theory_a=theory_a, theory_b=theory_b)
+    def run(self, method: str) -> None:
+        """Train a method and add its row; theory is the closed form from the measured start."""
+        model, shift_a, shift_b = self.methods[method]()
+        start = answers(self.start().eval(), self.tokenizer)
+        theory = {f"theory_{x}": logistic(logit(start[f"p_{x}"]) + d) for x, d in (("a", shift_a), ("b", shift_b))}
+        self.report.row(seed=self.seed, method=method, **answers(model.eval(), self.tokenizer), **theory)
 
-    def bias(self, which: str) -> float:
-        """Log-odds of the attribute before any round, which every closed form starts from."""
-        p = self.base[which]
-        return math.log(p / (1 - p))
-
-    def fit(
-        self, dimension: int, args: SPOConfig, model: Any, reference: Any, earlier: list[Any] | None = None
-    ) -> Any:
-        """A trainer of copies, so that every method starts from the same weights."""
-        return SPOTrainer(
-            clone(model),
-            clone(reference),
-            args,
-            train_dataset=self.data[dimension],
-            processing_class=self.tokenizer,
-            prev_policies=None if earlier is None else [clone(policy) for policy in earlier],
+    def start(self) -> Any:
+        """``pi_0``: trained on all answers alike."""
+        model = tiny_llama(self.tokenizer, seed=self.seed)
+        return self.kept(
+            "start", lambda: supervised(model, self.tokenizer, TASK.supervised(6400, self.seed), 100, self.seed)
         )
 
-    def run(self) -> None:
-        """Round 1, then every way to do round 2."""
-        a, b = self.bias("p_a"), self.bias("p_b")
-        trainer = train(self.fit(1, arguments(self.steps, self.seed), self.start, self.start))
-        one = trainer.model
-        self.record("round 1", one, sigmoid(a + 2), sigmoid(b))
-        for beta in (1.0, *SACPO_BETAS):
-            args = arguments(self.steps, self.seed, beta, prev_betas=[1.0], prev_lambda=0.0)
-            model = train(self.fit(2, args, one, one, [])).model
-            name = "sequential DPO" if beta == 1 else f"sequential DPO, beta {beta:g}"
-            self.record(name, model, sigmoid(a + 2 - 3 / beta), sigmoid(b + 2 / beta))
-        for lam in LAMBDAS:
-            args = arguments(self.steps, self.seed, prev_betas=[1.0], prev_lambda=lam)
-            model = train(self.fit(2, args, one, one, [self.start])).model
-            self.record(f"SPO, lambda {lam:g}", model, sigmoid(a + 2 * lam - 1), sigmoid(b + 2))
-            self.modpo(one, lam, sigmoid(a + 2 * lam - 1), sigmoid(b + 2))
+    def one(self) -> Any:
+        """``pi_1``: DPO on dimension 1."""
+        return self.kept(
+            "one", lambda: self.fit(1, arguments(self.steps, self.seed), self.start(), self.start()).model
+        )
 
-    def modpo(self, one: Any, lam: float, theory_a: float, theory_b: float) -> None:
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """The policy of that name from the work folder, made if it is not there."""
+        folder = self.work / f"{name}_{self.seed}_{self.steps}"
+        if not (folder / "config.json").exists():
+            make().save_pretrained(folder)
+        return LlamaForCausalLM.from_pretrained(folder)
+
+    def sequential(self, beta: float) -> tuple[Any, float, float]:
+        """DPO on dimension 2 from and against ``pi_1``; a larger beta is how SACPO trades."""
+        args = arguments(self.steps, self.seed, beta, prev_betas=[1.0], prev_lambda=0.0)
+        return self.fit(2, args, self.one(), self.one(), []).model, 2 - 3 / beta, 2 / beta
+
+    def spo(self, lam: float) -> tuple[Any, float, float]:
+        """SPO on dimension 2."""
+        args = arguments(self.steps, self.seed, prev_betas=[1.0], prev_lambda=lam)
+        return self.fit(2, args, self.one(), self.one(), [self.start()]).model, 2 * lam - 1, 2.0
+
+    def modpo(self, lam: float) -> tuple[Any, float, float]:
         """MODPO's form (arXiv 2310.03708), w_0 = 1/(2 + lambda): the same optimum as SPO's, but starting at pi_0.
 
         Its logit (1/w_0)(w_0 D log(pi/pi_0) - (1 - w_0) D log(pi_1/pi_0)) is DPO's with temperature 1 against
         log pi_0 + (1 + lambda)(log pi_1 - log pi_0).
         """
         args = arguments(self.steps, self.seed, prev_betas=[1.0], prev_lambda=lam)
-        trainer = self.fit(2, args, self.start, one, [self.start])
-        trainer.plan = dataclasses.replace(trainer.plan, weights=(lam,), coefficients=(-lam, 1 + lam))
-        self.record(f"MODPO form, w_0 = 1/{2 + lam:g}", train(trainer).model, theory_a, theory_b)
+        plan = {"weights": (lam,), "coefficients": (-lam, 1 + lam)}
+        return self.fit(2, args, self.start(), self.one(), [self.start()], plan).model, 2 * lam - 1, 2.0
+
+    def fit(
+        self, dimension: int, args: SPOConfig, model: Any, reference: Any, earlier: list[Any] | None = None,
+        plan: dict[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """A trained trainer."""
+        trainer = SPOTrainer(
+            model,
+            reference,
+            args,
+            train_dataset=self.data[dimension],
+            processing_class=self.tokenizer,
+            prev_policies=earlier,
+        )
+        trainer.plan = dataclasses.replace(trainer.plan, **(plan or {}))
+        return train(trainer)
 
 
 def plot(report: Report) -> None:
@@ -138,11 +173,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--work", type=Path, default=None, help="folder for policies, to go on in a later call")
+    parser.add_argument("--runs", type=int, default=None, help="stop after so many new rows")
     options = parser.parse_args()
-    report = Report("spo", {**vars(options), "batch": 64, "lr": 1e-3, "beta": 1.0, "pairs": 8000, "model": "2 x 32"})
+    work = options.work or Path(tempfile.mkdtemp())
+    settings = {"steps": options.steps, "batch": 64, "lr": 1e-3, "beta": 1.0, "pairs": 8000, "model": "2 layers x 32"}
+    report = Report("spo", settings)
+    done, left = resume(report), options.runs
     for seed in range(options.seeds):
-        Study(report, seed, options.steps).run()
-        report.save()
+        study = Study(report, seed, options.steps, work)
+        for method in study.methods:
+            if (seed, method) in done or left == 0:
+                continue
+            study.run(method)
+            report.save()
+            left = None if left is None else left - 1
     plot(report)
 
 
