@@ -10,7 +10,7 @@ from hf_ext.flags import HfExtConfig
 from hf_ext.patches.architectures import Architecture, architecture_of
 from hf_ext.patches.cla_config import layer_kinds
 from hf_ext.patches.cla_layers import INPUTS, drop_keys_and_values, join_norm, separate_norm
-from hf_ext.patches.cla_sharing import SOURCE, connect, disconnect
+from hf_ext.patches.cla_sharing import connect, disconnect
 from hf_ext.patches.config_flag import get_flags, set_flags
 
 
@@ -63,15 +63,6 @@ def has_keys_and_values(attention: nn.Module, architecture: Architecture) -> boo
     """Whether an attention module owns what makes keys and values."""
     name = architecture.fused.name if architecture.fused is not None else "k_proj"
     return name in attention._modules or INPUTS.get(name) in attention._modules
-
-
-def shared_layers(model: Any) -> dict[int, int]:
-    """Consumer layer -> producer layer of a model, with or without adapters; empty for one that shares nothing."""
-    return {
-        module.layer_idx: getattr(module, SOURCE)
-        for module in model.modules()
-        if getattr(module, SOURCE, None) is not None and getattr(module, SOURCE) != module.layer_idx
-    }
 
 
 def _carry_to_text_config(config: Any, cla: CLAConfig) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from hf_ext.cla.shared import shared_layers
 from hf_ext.flags import parse_flags
 from hf_ext.patches.architectures import ARCHITECTURES, Architecture
-from hf_ext.patches.cla import attentions_of, shared_layers
+from hf_ext.patches.cla import attentions_of
 from hf_ext.patches.cla_layers import INPUTS, KV_NORM, QUERY_ONLY, query_rows
 from hf_ext.patches.config_flag import CARRIER, NAME
 from hf_ext.patches.patch import Patch

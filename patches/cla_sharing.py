@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ext.cla.shared import LAST_READER, SOURCE
+
 CONTAINER = "shared_kv_states"
-SOURCE = "kv_source_layer"  # on an attention module: whose keys and values it uses
-LAST_READER = "kv_last_reader"  # on an attention module: whether no later layer reads the same ones
 
 
 class SharedKeysAndValues:

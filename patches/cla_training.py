@@ -6,7 +6,7 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from hf_ext.patches.cla import shared_layers
+from hf_ext.cla.shared import shared_layers
 from hf_ext.patches.patch import Patch
 
 

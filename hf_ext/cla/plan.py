@@ -59,8 +59,8 @@ def _check_against(sources: tuple[int, ...], layer_kinds: Sequence[Hashable]) ->
         if layer_kinds[layer] != layer_kinds[source]:
             raise ValueError(
                 f"kv_source_layers[{layer}] is {source}, but layer {layer} ({layer_kinds[layer]}) cannot read the "
-                f"keys of layer {source} ({layer_kinds[source]}): layers that share must have the same attention type, "
-                f"KV heads, head size and rotary embedding."
+                f"keys of layer {source} ({layer_kinds[source]}): layers that share must have one attention type, "
+                f"number of KV heads, head size and rotary embedding."
             )
     return sources
 

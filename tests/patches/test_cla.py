@@ -11,7 +11,7 @@ from transformers.cache_utils import DummyLayer
 
 from hf_ext import CLAConfig, HfExtConfig
 from hf_ext.cla.plan import plan
-from hf_ext.patches.cla import shared_layers
+from hf_ext.cla.shared import shared_layers
 from hf_ext.patches.cla_config import layer_kinds
 from hf_ext.testing import FAMILIES, assert_close, ragged_batch, tiny_config, tiny_model
 

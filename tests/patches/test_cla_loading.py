@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_ext import CLAConfig, HfExtConfig, uninstall
-from hf_ext.patches.cla import shared_layers
+from hf_ext.cla.shared import shared_layers
 from hf_ext.testing import FAMILIES, ragged_batch, tiny_model
 
 ALL = pytest.mark.parametrize("family", FAMILIES)

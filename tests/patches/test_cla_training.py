@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ext.patches.cla import shared_layers
+from hf_ext.cla.shared import shared_layers
 from hf_ext.testing import FAMILIES, assert_close, ragged_batch, tiny_model
 
 ALL = pytest.mark.parametrize("family", FAMILIES)
