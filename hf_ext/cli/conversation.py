@@ -23,6 +23,7 @@ class Conversation:
         stack: the configs the cache is made from, outermost first.
         messages: the transcript, as the host's list of ``{"role", "content"}``.
         pending: the end of the last turn that the cache has not read: the last token of an answer that was cut short.
+        heard: the tokens the cache has read, noted only for the host's own cache, which cannot be saved itself.
         stop: set to True from a signal handler to end the answer after the current token.
     """
 
@@ -39,6 +40,7 @@ class Conversation:
         self.turns = TurnFormat(tokenizer, plain=plain, system=system)
         self.messages: list[dict[str, str]] = []
         self.pending: list[int] = []
+        self.heard: list[int] = []
         self.stop = False
         self.cache = self._new_cache()
 
@@ -47,7 +49,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.messages, self.pending, self.cache = [], [], self._new_cache()
+        self.messages, self.pending, self.heard, self.cache = [], [], [], self._new_cache()
 
     @property
     def seen(self) -> int:
@@ -94,6 +96,7 @@ class Conversation:
         while len(ids) > PIECE and not self.stop:
             piece = torch.tensor([ids[:PIECE]], device=self.model.device)
             self.model(input_ids=piece, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self._note(ids[:PIECE])
             ids = ids[PIECE:]
         return ids
 
@@ -112,12 +115,17 @@ class Conversation:
             **options,
         )
         everything = output[0].tolist()
+        self._note(everything[: self.seen - seen])
         generated = everything[len(ids) :]
         ends = _ends(self.model.generation_config)
         if generated and generated[-1] in ends:  # the template's own end of an answer takes its place
             everything.pop()
         self.pending = everything[self.seen - seen :]
         return generated
+
+    def _note(self, ids: list[int]) -> None:
+        if self.stack is None:
+            self.heard += ids
 
     def _padding(self) -> int | None:
         if self.tokenizer.pad_token_id is not None:
@@ -132,6 +140,7 @@ class Conversation:
         chat = {
             "messages": self.messages,
             "pending": self.pending,
+            "heard": self.heard,
             "plain": self.turns.plain,
             "stack": None if self.stack is None else [config.to_dict() for config in self.stack],
             "model": _fingerprint(self.model),
@@ -141,7 +150,7 @@ class Conversation:
     def load(self, path: str | Path) -> None:
         """Go on with a conversation that `save` wrote, with its cache and its options.
 
-        A conversation saved with the host's own cache holds only what was said; it is read again.
+        A conversation saved with the host's own cache holds only its tokens, which are read again.
 
         Raises:
             OSError: there is no such file.
@@ -162,19 +171,9 @@ class Conversation:
             cache.load_state_dict({"tensors": tensors, "values": state["values"]["cache"]})
         self.stack, self.cache = stack, cache
         self.messages, self.pending = chat["messages"], chat["pending"]
+        self.heard, self.stop = [], False
         if stack is None:
-            self._read_again()
-
-    @torch.no_grad()
-    def _read_again(self) -> None:
-        ids: list[int] = []
-        for index, message in enumerate(self.messages):
-            if message["role"] == "user":
-                ids += self.turns.later(message["content"]) if index else self.turns.first(message["content"])
-            else:
-                ids += self.tokenizer(message["content"], add_special_tokens=False)["input_ids"]
-        self.cache, self.stop = DynamicCache(config=self.model.config), False
-        self.pending = self._read_all_but_last_piece(ids)
+            self.pending = self._read_all_but_last_piece([*chat["heard"], *chat["pending"]])
 
 
 class _Pieces(TextStreamer):

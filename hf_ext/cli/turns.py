@@ -29,18 +29,18 @@ class TurnFormat:
         """Token ids of the first turn, system prompt included."""
         if self.plain:
             return self._without_end(self.tokenizer(text)["input_ids"])
-        return self._ids(self._render([*self._system, {"role": "user", "content": text}]))
+        return self.ids(self._render([*self._system, {"role": "user", "content": text}]))
 
     def later(self, text: str) -> list[int]:
         """Token ids that follow the tokens of the model's last answer."""
         if self.plain:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self.ids(text)
         earlier = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": ANSWER}]
         rendered = self._render([*self._system, *earlier, {"role": "user", "content": text}])
         _, found, after = rendered.partition(ANSWER)
         if not found:
             raise ValueError("this model's chat template changes the answers it is given, so a chat cannot go on.")
-        return self._ids(after)
+        return self.ids(after)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         from jinja2 import TemplateError
@@ -50,8 +50,9 @@ class TurnFormat:
         except TemplateError as error:
             raise ValueError(f"this model's chat template refuses the conversation: {error}") from error
 
-    def _ids(self, rendered: str) -> list[int]:
-        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    def ids(self, text: str) -> list[int]:
+        """Token ids of text as it is."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _without_end(self, ids: list[int]) -> list[int]:
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id else ids
