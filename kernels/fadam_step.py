@@ -37,6 +37,7 @@ EPS_MODES = ("fixed", "min_eps2", "rms_min", "rms_max")
 EPS_FLOOR = 1e-30
 
 Scalar = float | Tensor  # a Python number, or a 0-dim tensor where reading it would stall the device or the compiler
+Tensors = list[Tensor] | tuple[Tensor, ...]
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -74,10 +75,10 @@ class FAdamOptions:
 
 
 def fadam_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    fishers: Sequence[Tensor],
+    params: Tensors,
+    grads: Tensors,
+    momenta: Tensors,
+    fishers: Tensors,
     steps: Sequence[Scalar],
     options: FAdamOptions,
     *,
@@ -115,8 +116,8 @@ def fadam_step(
             path = "fused"
     totals = [p.numel() for p in params] if totals is None else totals
     if path == "loop":
-        for tensors in zip(params, grads, momenta, fishers, steps, totals, strict=True):
-            fadam_step_reference(*tensors[:5], options, total=tensors[5], reduce=reduce)
+        for x, g, m, f, step, total in zip(params, grads, momenta, fishers, steps, totals, strict=True):
+            fadam_step_reference(x, g, m, f, step, options, total=total, reduce=reduce)
     elif path in ("fused", "foreach"):
         run = fadam_step_fused if path == "fused" else fadam_step_foreach
         run(params, grads, momenta, fishers, steps, options, totals, reduce)

@@ -14,7 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_ext.kernels.fadam_step import EPS_FLOOR, EPS_MODES, FAdamOptions, Reduce, Scalar, corrected_beta2, stabiliser
+from hf_ext.kernels.fadam_step import (
+    EPS_FLOOR,
+    EPS_MODES,
+    FAdamOptions,
+    Reduce,
+    Scalar,
+    Tensors,
+    corrected_beta2,
+    stabiliser,
+)
 from hf_ext.kernels.native import load_native
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float64: "float64"}
@@ -37,9 +46,9 @@ class _Tensors(ctypes.Structure):
 
 
 def why_not_fused(
-    params: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    fishers: Sequence[Tensor],
+    params: Tensors,
+    momenta: Tensors,
+    fishers: Tensors,
     options: FAdamOptions,
 ) -> str:
     """Why these tensors cannot take the fused step, in words; empty if they can."""
@@ -57,10 +66,10 @@ def why_not_fused(
 
 
 def fadam_step_fused(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    fishers: Sequence[Tensor],
+    params: Tensors,
+    grads: Tensors,
+    momenta: Tensors,
+    fishers: Tensors,
     steps: Sequence[Scalar],
     options: FAdamOptions,
     totals: Sequence[int],
@@ -75,7 +84,9 @@ def fadam_step_fused(
     if obstacle:
         raise RuntimeError(f"The fused FAdam step is not possible here: {obstacle}.")
     grads = [grad.to(params[0].dtype).contiguous() for grad in grads]
-    columns = [array("q", [tensor.data_ptr() for tensor in tensors]) for tensors in (params, grads, momenta, fishers)]
+    columns: list[array] = [
+        array("q", [tensor.data_ptr() for tensor in tensors]) for tensors in (params, grads, momenta, fishers)
+    ]
     columns.append(array("q", [param.numel() for param in params]))
     columns.append(array("d", totals))
     rates = {step: corrected_beta2(options.beta2, step) for step in set(map(float, steps))}

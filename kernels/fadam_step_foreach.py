@@ -10,14 +10,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hf_ext.kernels.fadam_step import FAdamOptions, Reduce, Scalar, corrected_beta2, fisher_power, shrink, stabiliser
+from hf_ext.kernels.fadam_step import (
+    FAdamOptions,
+    Reduce,
+    Scalar,
+    Tensors,
+    corrected_beta2,
+    fisher_power,
+    shrink,
+    stabiliser,
+)
 
 
 def fadam_step_foreach(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    fishers: Sequence[Tensor],
+    params: Tensors,
+    grads: Tensors,
+    momenta: Tensors,
+    fishers: Tensors,
     steps: Sequence[Scalar],
     options: FAdamOptions,
     totals: Sequence[int],
@@ -29,25 +38,25 @@ def fadam_step_foreach(
     if options.maximize:
         grads = list(torch._foreach_neg(grads))
     xs = [param.to(dtype) for param in params]
-    roots = torch.tensor([math.sqrt(total) for total in totals], dtype=dtype).to(device, non_blocking=True)
+    roots = [math.sqrt(max(1, total)) for total in totals]
 
-    def rms(tensors: Sequence[Tensor]) -> Tensor:
-        norms = torch.stack(torch._foreach_norm(tensors, 2))
+    def rms(tensors: Tensors) -> Tensor:
+        norms = torch._foreach_norm(tensors, 2)
         if reduce is not None:
-            norms = reduce(norms.square()).sqrt()
-        return norms / roots
+            norms = reduce(torch.stack(norms).square()).sqrt().unbind()
+        return torch.stack(torch._foreach_div(norms, roots))
 
     _update_fishers(fishers, grads, [corrected_beta2(options.beta2, step) for step in steps])
     rms_grad = rms(grads)
-    eps = torch.as_tensor(stabiliser(options, rms_grad), dtype=dtype, device=device).expand_as(rms_grad)
+    eps = stabiliser(options, rms_grad)
     scales = [fisher_power(fisher, options.p) for fisher in fishers]
-    torch._foreach_add_(scales, eps.unbind())
+    torch._foreach_add_(scales, eps.unbind() if isinstance(eps, Tensor) else eps)
 
     natural = torch._foreach_div(grads, scales)
-    torch._foreach_mul_(natural, torch.as_tensor(shrink(rms(natural), options.clip)).unbind())
+    torch._foreach_mul_(natural, _shrink(rms(natural), options.clip).unbind())
     torch._foreach_mul_(momenta, options.beta1)
     torch._foreach_add_(momenta, natural, alpha=1 - options.beta1)
-    update: Sequence[Tensor] = momenta
+    update: Tensors = momenta
     if options.weight_decay:
         update = torch._foreach_add(_decay(xs, scales, fishers, rms_grad, rms, options, reduce), momenta)
     if isinstance(options.lr, Tensor):
@@ -58,34 +67,41 @@ def fadam_step_foreach(
         torch._foreach_copy_(params, xs)
 
 
-def _update_fishers(fishers: Sequence[Tensor], grads: Sequence[Tensor], rates: list[Scalar]) -> None:
-    if isinstance(rates[0], Tensor):
+def _update_fishers(fishers: Tensors, grads: Tensors, rates: list[Scalar]) -> None:
+    numbers = [rate for rate in rates if not isinstance(rate, Tensor)]
+    if not numbers:
         like = fishers[0]
-        vector = torch.stack([torch.as_tensor(rate) for rate in rates]).to(device=like.device, dtype=like.dtype)
+        vector = torch.stack([rate for rate in rates if isinstance(rate, Tensor)]).to(like.device, like.dtype)
         torch._foreach_mul_(fishers, vector.unbind())
         weighted = torch._foreach_mul(grads, (1 - vector).unbind())
         torch._foreach_addcmul_(fishers, weighted, grads)
     else:
-        torch._foreach_mul_(fishers, rates)
-        torch._foreach_addcmul_(fishers, grads, grads, [1 - rate for rate in rates])
+        torch._foreach_mul_(fishers, numbers)
+        torch._foreach_addcmul_(fishers, grads, grads, [1 - rate for rate in numbers])
+
+
+def _shrink(rms: Tensor, clip: float) -> Tensor:
+    factors = shrink(rms, clip)
+    assert isinstance(factors, Tensor)
+    return factors
 
 
 def _decay(
-    xs: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    fishers: Sequence[Tensor],
+    xs: Tensors,
+    scales: Tensors,
+    fishers: Tensors,
     rms_grad: Tensor,
-    rms: Callable[[Sequence[Tensor]], Tensor],
+    rms: Callable[[Tensors], Tensor],
     options: FAdamOptions,
     reduce: Reduce | None,
-) -> Sequence[Tensor]:
+) -> Tensors:
     """The clipped, preconditioned weights times the decay factor; zero for tensors that never had a gradient."""
     decay = torch._foreach_div(xs, scales)
     sums = torch.stack([fisher.sum() for fisher in fishers])
     sums = sums if reduce is None else reduce(sums)
     touched = ((rms_grad > 0) | (sums > 0)).to(rms_grad.dtype)
-    factors = options.weight_decay * shrink(rms(decay), options.clip) * touched
-    torch._foreach_mul_(decay, torch.as_tensor(factors).unbind())
+    factors = options.weight_decay * _shrink(rms(decay), options.clip) * touched
+    torch._foreach_mul_(decay, factors.unbind())
     if math.isfinite(options.decay_cap):
         bound = options.decay_cap * options.weight_decay
         torch._foreach_clamp_max_(decay, bound)

@@ -34,7 +34,8 @@ def quantize_states(momentum: Tensor, fisher: Tensor) -> dict[str, Tensor]:
     momentum_code, momentum_absmax = _quantize(momentum, signed=True)
     root = fisher.sqrt()
     root_code, root_absmax = _quantize(root, signed=False)
-    root_code = torch.maximum(root_code, (root > 0).to(torch.uint8))  # code 0 means 0, code 1 the smallest positive
+    smallest = _code_of_zero(signed=False) + 1
+    root_code.clamp_(min=smallest).masked_fill_(root == 0, smallest - 1)
     return dict(zip(KEYS, (momentum_code, momentum_absmax, root_code, root_absmax), strict=True))
 
 
@@ -49,7 +50,9 @@ def _quantize(tensor: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     functional = bitsandbytes_functional()
     code = _codebook(signed, tensor.device)
     codes, state = functional.quantize_blockwise(tensor.contiguous(), code=code, blocksize=BLOCK)
-    return codes.view(tensor.shape), state.absmax
+    # On CPU the function may give an exact zero the code beside: a row without gradient would drift.
+    codes = codes.view(tensor.shape).masked_fill_(tensor == 0, _code_of_zero(signed))
+    return codes, state.absmax
 
 
 def _dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
@@ -61,3 +64,8 @@ def _dequantize(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
 @functools.cache
 def _codebook(signed: bool, device: torch.device) -> Tensor:
     return bitsandbytes_functional().create_dynamic_map(signed=signed).to(device)
+
+
+@functools.cache
+def _code_of_zero(signed: bool) -> int:
+    return int((_codebook(signed, torch.device("cpu")) == 0).nonzero()[0])

@@ -243,17 +243,17 @@ def _update_group(
     options = _options(group)
     on_device = options.capturable or torch.compiler.is_compiling()
     for (_, _, sharding), batch in batches.items():
-        columns = [[column[index] for index in batch] for column in (params, grads, momenta, fishers)]
+        xs, gs, ms, fs = ([column[index] for index in batch] for column in (params, grads, momenta, fishers))
         totals, reduce = None, None
         if sharding is not None:
-            totals = [param.numel() for param in columns[0]]
+            totals = [x.numel() for x in xs]
             reduce = sum_over_shards(sharding)
-            columns[1] = [local_grad(param, grad) for param, grad in zip(*columns[:2], strict=True)]
-            columns = [[local_part(tensor) for tensor in column] for column in columns]
+            gs = [local_grad(x, g) for x, g in zip(xs, gs, strict=True)]
+            xs, ms, fs = ([local_part(tensor) for tensor in column] for column in (xs, ms, fs))
         counts = [steps[index] for index in batch]
         torch._foreach_add_(counts, 1)
-        numbers = counts if on_device else [count.item() for count in counts]
-        fadam_step(*columns, numbers, options, path=_path(group), totals=totals, reduce=reduce)
+        numbers: list[Any] = counts if on_device else [count.item() for count in counts]
+        fadam_step(xs, gs, ms, fs, numbers, options, path=_path(group), totals=totals, reduce=reduce)
 
 
 def _options(group: dict[str, Any]) -> FAdamOptions:

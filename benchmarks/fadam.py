@@ -1,0 +1,269 @@
+"""FAdam beside AdamW: time and memory of a step, convergence of a small language model, a spike in the gradients.
+
+    python benchmarks/fadam.py step [--peer DIR]     # DIR: a folder with pytorch_optimizer 4.1.0, to time it too
+    python benchmarks/fadam.py convergence           # about fifteen minutes on one core
+    python benchmarks/fadam.py spike
+
+Times are process CPU time on one thread, the optimizers taking turns at every repeat. The text is that of
+``pydoc_data.topics``, which every Python has, as bytes; the last tenth is held out.
+"""
+
+import argparse
+import math
+import pydoc_data.topics
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from _run import RESULTS, Report
+from torch import Tensor, nn
+
+from hf_ext import FAdam
+
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+BETA2S = (0.95, 0.999)
+LENGTH, BATCH = 128, 16  # tokens, sequences
+SHAPES = {
+    "56 tensors, 1.4M": [(256, 96), (4000, 96), *[(2000, 96)] * 2, *[(96, 96)] * 32, *[(96, 256)] * 12, *[(96,)] * 8],
+    "41 tensors, 10.5M": [
+        *[(8192, 256), (4096, 256)],
+        *[(1024, 1024)] * 2,
+        *[(256, 256)] * 16,
+        *[(1024, 256)] * 12,
+        *[(256, 1024)] * 4,
+        *[(256,)] * 5,
+    ],
+}
+
+
+def step_costs(report: Report, peer: str | None, repeats: int) -> None:
+    """CPU milliseconds of a step and bytes of state a parameter."""
+    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "AdamW loop": partial(torch.optim.AdamW, foreach=False),
+        "AdamW foreach": partial(torch.optim.AdamW, foreach=True),
+        "AdamW fused": partial(torch.optim.AdamW, fused=True),
+        "FAdam loop": partial(FAdam, foreach=False),
+        "FAdam foreach": partial(FAdam, foreach=True),
+        "FAdam fused": partial(FAdam, fused=True),
+        "FAdam loop, no decay": partial(FAdam, foreach=False, weight_decay=0),
+        "FAdam fused, no decay": partial(FAdam, fused=True, weight_decay=0),
+        "FAdam fused, rms_min": partial(FAdam, fused=True, eps_mode="rms_min"),
+        "FAdam 8-bit": partial(FAdam, optim_bits=8),
+    }
+    if peer:
+        sys.path.append(peer)
+        from pytorch_optimizer import FAdam as PeerFAdam
+
+        makers["pytorch_optimizer 4.1.0 FAdam"] = PeerFAdam
+    for name, shapes in SHAPES.items():
+        optimizers = {label: make(_parameters(shapes)) for label, make in makers.items()}
+        times = _process_times({label: optimizer.step for label, optimizer in optimizers.items()}, repeats)
+        for label, optimizer in optimizers.items():
+            base = "AdamW fused" if "fused" in label else "AdamW loop"
+            report.row(
+                model=name,
+                optimizer=label,
+                cpu_ms_min=1e3 * min(times[label]),
+                cpu_ms_median=1e3 * statistics.median(times[label]),
+                ratio=min(times[label]) / min(times[base]),
+                ratio_to=base,
+                state_bytes_per_parameter=_state_bytes(optimizer),
+            )
+
+
+def _parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator) * 0.02) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator) * 1e-3
+    return params
+
+
+def _process_times(functions: dict[str, Callable[[], Any]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(warmup + repeats):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            if repeat >= warmup:
+                times[name].append(time.process_time() - start)
+    return times
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    states = [value for param in params for value in optimizer.state[param].values() if isinstance(value, Tensor)]
+    return sum(value.nbytes for value in states if value.dim()) / sum(param.numel() for param in params)
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float, beta2: float, **options: Any) -> torch.optim.Optimizer:
+    """AdamW with its customary decay of 0.1, or FAdam with its own of 0.001; vectors are not decayed."""
+    decay = 0.1 if name == "AdamW" else 1e-3
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return (torch.optim.AdamW if name == "AdamW" else FAdam)(groups, lr=lr, betas=(0.9, beta2), **options)
+
+
+def train(
+    name: str,
+    lr: float,
+    beta2: float,
+    seed: int,
+    steps: int,
+    max_norm: float = 1.0,
+    spike: int | None = None,
+    **options: Any,
+) -> tuple[list[float], float, float]:
+    """Train the small model; training losses by step, held-out loss (both nats per byte) and RMS of its matrices.
+
+    ``spike`` is the step at which all gradients are replaced by normal noise of standard deviation 100.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+    train_bytes, held_out = _text()
+    optimizer = make_optimizer(name, model, lr, beta2, **options)
+    warmup = steps // 10
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, warmup=warmup, steps=steps))
+    losses = []
+    for step, batch in enumerate(_batches(train_bytes, seed, steps)):
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        if step == spike:
+            noise = torch.Generator().manual_seed(0)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape, generator=noise) * 100
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    matrices = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
+    return losses, _held_out_loss(model, held_out), matrices.square().mean().sqrt().item()
+
+
+def _cosine(step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+
+
+def _text() -> tuple[Tensor, Tensor]:
+    data = torch.tensor(list("\n".join(pydoc_data.topics.topics.values()).encode()))
+    split = len(data) * 9 // 10
+    return data[:split], data[split:]
+
+
+def _batches(data: Tensor, seed: int, steps: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        starts = torch.randint(len(data) - LENGTH, (BATCH, 1), generator=generator)
+        yield data[starts + torch.arange(LENGTH)]
+
+
+@torch.no_grad()
+def _held_out_loss(model: nn.Module, data: Tensor, windows: int = 256) -> float:
+    rows = data[: windows * LENGTH].view(windows, LENGTH).split(32)
+    return statistics.mean(model(input_ids=batch, labels=batch).loss.item() for batch in rows)
+
+
+def convergence(report: Report, steps: int, seeds: int) -> None:
+    """Tune learning rate and beta2 of both on seed 0, then compare the best of each on all seeds."""
+    best: dict[str, tuple[float, float, float]] = {}
+    found: dict[str, list[float]] = {}
+
+    def run(part: str, name: str, lr: float, beta2: float, seed: int = 0, **options: Any) -> float:
+        _, loss, rms = train(name, lr, beta2, seed, steps, **options)
+        label = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+        report.row(part=part, optimizer=label, lr=lr, beta2=beta2, seed=seed, held_out_nats=loss, weight_rms=rms)
+        report.save()
+        return loss
+
+    for name in ("AdamW", "FAdam"):
+        for lr in LEARNING_RATES:
+            for beta2 in BETA2S:
+                best[name] = min(best.get(name, (math.inf, 0.0, 0.0)), (run("tuning", name, lr, beta2), lr, beta2))
+    for name, (loss, lr, beta2) in best.items():
+        found[name] = [loss, *(run("best", name, lr, beta2, seed) for seed in range(1, seeds))]
+    for name, losses in found.items():
+        mean = statistics.mean(losses)
+        gap = mean - statistics.mean(found["AdamW"])
+        report.row(part="mean", optimizer=name, seeds=seeds, held_out_nats=mean, minus_adamw=gap)
+    _, lr, beta2 = best["FAdam"]
+    versions: tuple[dict[str, Any], ...] = (
+        {"optim_bits": 8},
+        *({"eps_mode": mode} for mode in ("fixed", "rms_min", "rms_max")),
+        {"clip": None},
+    )
+    for options in versions:
+        run("versions", "FAdam", lr, beta2, **options)
+
+
+def spikes(report: Report, steps: int) -> None:
+    """One step of noise in place of the gradients, with and without the hosts' clipping of the global norm."""
+    curves = {}
+    for name in ("AdamW", "FAdam"):
+        for max_norm in (math.inf, 1.0):
+            losses, held_out, _ = train(name, 3e-3, 0.999, 0, steps, max_norm, spike=steps * 2 // 5)
+            label = f"{name}, " + ("no global clipping" if math.isinf(max_norm) else "max_grad_norm=1")
+            at = steps * 2 // 5
+            report.row(optimizer=label, before=losses[at], next_step=losses[at + 1], held_out_nats=held_out)
+            curves[label] = losses
+    _plot(curves, steps)
+
+
+def _plot(curves: dict[str, list[float]], steps: int) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for label, losses in curves.items():
+        smooth = [statistics.mean(losses[max(0, k - 4) : k + 1]) for k in range(len(losses))]
+        axes.plot(smooth, label=label, linestyle="--" if "no global" in label else "-", linewidth=1.2)
+    axes.axvline(steps * 2 // 5, color="grey", linewidth=0.8)
+    axes.set(
+        xlabel="step", ylabel="training loss (nats per byte, mean of 5)", title="Gradients replaced by noise once"
+    )
+    axes.legend()
+    figure.tight_layout()
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / "fadam_spike.png", dpi=100)
+
+
+def main() -> None:
+    """Run one part and save its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("step", "convergence", "spike"))
+    parser.add_argument("--peer", help="a folder with pytorch_optimizer 4.1.0")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="weight_decay")  # the peer's default is compared as it is
+    report = Report(f"fadam_{options.part}", vars(options) | {"peer": bool(options.peer)})
+    if options.part == "step":
+        step_costs(report, options.peer, options.repeats)
+    elif options.part == "convergence":
+        convergence(report, options.steps, options.seeds)
+    else:
+        spikes(report, options.steps)
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
