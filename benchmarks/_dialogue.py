@@ -45,25 +45,26 @@ class Dialogue:
         ids = [self._ids(answer) for answer in answers]
         if hasattr(self.cache, "new_turn") and self.cache.get_seq_length() > 0:
             self.cache.new_turn(reserve=len(prompt) + max(len(answer) for answer in ids) + 8)
-        last = None if forced is not None else self._feed(prompt)[-1]
-        chosen = forced if forced is not None else self._choose(last, ids)
+        chosen = forced if forced is not None else self._choose(self._feed(prompt, logits=1), ids)
         self.messages.append({"role": "assistant", "content": answers[chosen]})
         said = self._new_ids(generation_prompt=False)
-        self._feed(prompt + said if forced is not None else said)
+        self._feed(prompt + said if forced is not None else said, logits=1)
         return chosen
 
-    def _choose(self, last: torch.Tensor, answers: list[list[int]]) -> int:
+    def _choose(self, first: torch.Tensor, answers: list[list[int]]) -> int:
+        """The answer of highest mean log-probability; ``first`` ``[1, V]`` are the logits of its first token."""
         scores = []
         for ids in answers:
             self.cache.activate_past_recording()
-            logits = torch.cat([last[None], self._feed(ids)[:-1]])
+            logits = torch.cat([first, self._feed(ids)[:-1]])
             self.cache.crop(-len(ids))
             scores.append(logits.float().log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).mean().item())
         return max(range(len(answers)), key=scores.__getitem__)
 
-    def _feed(self, ids: list[int]) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=torch.tensor([ids]), past_key_values=self.cache).logits[0]
-        return logits
+    def _feed(self, ids: list[int], logits: int = 0) -> torch.Tensor:
+        """Logits ``[logits, V]`` after the last ``logits`` of ``ids``, or after each of them for 0."""
+        output = self.model(input_ids=torch.tensor([ids]), past_key_values=self.cache, logits_to_keep=logits)
+        return output.logits[0]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -13,6 +13,7 @@ Python language documentation that comes with the interpreter.
 """
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -77,38 +78,50 @@ def text_ids(tokenizer: Any, path: Path | None, tokens: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def stream(model: Any, cache: Any, ids: torch.Tensor, block: int, marks: list[int]) -> Any:
-    """Feed ``ids`` in blocks; at each mark yield tokens so far, mean surprise in nats, and bytes."""
-    total, last = 0.0, None
-    for start in tqdm(range(0, max(marks), block), unit="block", mininterval=30):
-        piece = ids[:, start : start + block]
+def stream(model: Any, cache: Any, ids: torch.Tensor, block: int, start: int = 0, total: float = 0.0) -> Any:
+    """Feed ``ids`` from token ``start`` in blocks; after each yield tokens so far and the sum of their nats."""
+    last = None
+    for begin in tqdm(range(start, ids.shape[1], block), unit="block", mininterval=30):
+        piece = ids[:, begin : begin + block]
         hidden = model.get_decoder()(input_ids=piece, past_key_values=cache).last_hidden_state
         before = hidden[:, :-1] if last is None else torch.cat([last, hidden[:, :-1]], dim=1)
         total += surprisal(model.lm_head, before, piece[:, -before.shape[1] :]).sum().item()
         last = hidden[:, -1:].clone()
-        seen = start + block
-        if seen in marks:
-            yield seen, total / (seen - 1), nbytes(cache)
+        yield begin + piece.shape[1], total
 
 
 def run_stream(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
-    """Perplexity and bytes of each cache over one long text."""
+    """Perplexity and bytes of each cache over one long text; goes on from the last state in ``--states``."""
     ids = text_ids(tokenizer, options.text, max(options.tokens))
-    report = Report(
-        "sirllm_stream" + options.suffix,
-        {"budget": options.budget, "block": options.block, "text": options.text and options.text.name},
-    )
+    settings = {"budget": options.budget, "block": options.block, "text": options.text and options.text.name}
+    report = Report("sirllm_stream" + options.suffix, settings)
     context = model.config.max_position_embeddings
     for name, config in caches(options.budget).items():
         if options.caches and name not in options.caches:
             continue
-        marks = [tokens for tokens in (context, *options.tokens) if config is not None or tokens <= context]
-        cache = new_cache(model, config)
-        for seen, nats, size in stream(model, cache, ids, options.block, sorted(set(marks))):
-            report.row(cache=name, tokens=seen, perplexity=math.exp(nats), bytes=size)
-            report.save()
-            if config is not None and options.states is not None:
-                cache.save(state_path(options.states, name, seen))
+        cache, start, total = new_cache(model, config), 0, 0.0
+        rows = {} if config is None or options.states is None else read_rows(options.states, name)
+        if rows:
+            start, total = max(rows), rows[max(rows)]["nats"]
+            cache.load(state_path(options.states, name, start))
+        for row in rows.values():
+            report.row(**row)
+        end = min(context, ids.shape[1]) if config is None else ids.shape[1]
+        for seen, nats in stream(model, cache, ids[:, :end], options.block, start, total):
+            if seen in (context, *options.tokens):
+                perplexity = math.exp(nats / (seen - 1))
+                row = report.row(cache=name, tokens=seen, perplexity=perplexity, bytes=nbytes(cache), nats=nats)
+                report.save()
+                if config is not None and options.states is not None:
+                    cache.save(state_path(options.states, name, seen))
+                    state_path(options.states, name, seen).with_suffix(".json").write_text(json.dumps(row))
+
+
+def read_rows(folder: Path, name: str) -> dict[int, dict[str, Any]]:
+    """What an earlier run measured for this cache, by tokens."""
+    pattern = state_path(folder, name, 0).stem.removesuffix("0") + "*.json"
+    rows = [json.loads(path.read_text()) for path in folder.glob(pattern)]
+    return {row["tokens"]: row for row in sorted(rows, key=lambda row: row["tokens"])}
 
 
 def state_path(folder: Path, name: str, tokens: int) -> Path:
