@@ -54,16 +54,16 @@ class QueryOnly(Slot):
 class HalfInput(Slot):
     """A projection that reads one half of its input: the queries' normalised states or the keys' and values'."""
 
-    def __init__(self, name: str, module: nn.Module, half: int) -> None:
+    def __init__(self, name: str, module: nn.Module, side: int) -> None:
         super().__init__(name, module)
-        self.half = half
+        self.side = side
 
     def forward(self, hidden: Tensor) -> Tensor:
         """From `[B, T, 2 hidden]` to the projection's output."""
-        return self.module()(hidden.chunk(2, dim=-1)[self.half])
+        return self.module()(hidden.chunk(2, dim=-1)[self.side])
 
 
-def drop_keys_and_values(attention: nn.Module, architecture: Architecture, config: Any) -> None:
+def drop_keys_and_values(attention: Any, architecture: Architecture, config: Any) -> None:
     """Leave a consumer its queries and its output projection only. Doing it again changes nothing."""
     if architecture.fused is not None:
         if architecture.fused.name in attention._modules:
@@ -136,7 +136,7 @@ def separate_norm(layer: nn.Module, attention: nn.Module, architecture: Architec
     norm.add_module(KV_NORM, copy.deepcopy(norm))
     norm.register_forward_hook(append_kv_input)
     for name, slot in INPUTS.items():
-        _put(attention, name, slot, HalfInput(name, attention.get_submodule(name), half=0 if name == "q_proj" else 1))
+        _put(attention, name, slot, HalfInput(name, attention.get_submodule(name), side=0 if name == "q_proj" else 1))
 
 
 def join_norm(layer: nn.Module, attention: nn.Module, architecture: Architecture) -> None:

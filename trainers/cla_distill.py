@@ -63,8 +63,8 @@ class CLADistillTrainer(Trainer):
         output = model(**rows, **asked)
         loss = args.kl_weight * distillation_kl(output.logits, target.logits, counted, args.temperature)
         if args.hidden_weight > 0:
-            pair = (states.hidden_states[args.hidden_layer] for states in (output, target))
-            loss = loss + args.hidden_weight * hidden_error(*pair, counted)
+            own, wanted = (states.hidden_states[args.hidden_layer] for states in (output, target))
+            loss = loss + args.hidden_weight * hidden_error(own, wanted, counted)
         if args.label_weight > 0:
             loss = loss + args.label_weight * output.loss
         return (loss, output) if return_outputs else loss
