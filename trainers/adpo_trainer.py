@@ -82,7 +82,8 @@ class ADPOTrainer(PreferenceTrainer):
         self._scores_toxic = False  # a precompute pass for the toxic responses is under way
         self._token_checked = args.toxic_reference == "ref"
         self.toxic_beta = args.beta if args.toxic_beta is None else args.toxic_beta
-        first = next(iter(values["train_dataset"]), {}) if values["train_dataset"] is not None else {}
+        dataset = values["train_dataset"]
+        first: dict[str, Any] = {} if dataset is None else next(iter(dataset), {})
         if self._toxic and ("image" in first or "images" in first):
             raise ValueError("The train dataset has images; ADPO takes text only.")
         return values

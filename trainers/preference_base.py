@@ -32,6 +32,9 @@ class PreferenceTrainer(DPOTrainer):
 
     config_class: type[DPOConfig] = DPOConfig
     collator_class: type[PairCollator] = PairCollator
+    _signature_columns: Any  # Trainer's and DPOTrainer's, which the subclasses read
+    _precompute_model_hash: Any
+    precompute_ref_logps: bool
     passed_columns: tuple[str, ...] = ()  # columns that reach the collator besides TRL's
 
     def __init__(
@@ -125,9 +128,10 @@ class PreferenceTrainer(DPOTrainer):
         return prepared
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            self._signature_columns = [*self._signature_columns, *self.passed_columns]
+        missing = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if missing:
+            self._signature_columns.extend(self.passed_columns)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._prepare_scoring()

@@ -66,7 +66,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     A fused forward from an earlier trainer closes over the model it was made for, so it is left out of the copy,
     which would otherwise answer with the original's weights.
     """
-    forward = vars(model).get("forward")
+    forward: Any = vars(model).get("forward")
     fused = "fused_lm_head" in getattr(getattr(forward, "__code__", None), "co_varnames", ())
     if fused:
         del model.forward

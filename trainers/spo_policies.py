@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, use_adapter
@@ -116,7 +116,7 @@ def _load_model(trainer: Any, path: str) -> Any:
     return create_model_from_path(path, **options)
 
 
-def _prepare(trainer: Any, model: nn.Module) -> Any:
+def _prepare(trainer: Any, model: Any) -> Any:
     """Freeze a model and place it as DPOTrainer places its reference."""
     model.eval().requires_grad_(False)
     if trainer.args.disable_dropout:

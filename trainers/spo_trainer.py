@@ -167,7 +167,7 @@ class SPOTrainer(PreferenceTrainer):
             if _has_stored(dataset, k):
                 continue
             dataset = self._store_policy(dataset, name, batch_size, k)
-        stored = {
+        stored: dict[int, Any] = {
             k: tuple(torch.tensor(dataset[column.format(k)], dtype=torch.float32) for column in STORED)
             for k in self.plan.needed
         }
