@@ -79,24 +79,30 @@ def fadam_step_fused(
 
     Raises:
         RuntimeError: the tensors cannot take the fused step, or its kernel cannot be built here.
+        ValueError: a gradient or a state has another size than its parameter.
     """
     obstacle = why_not_fused(params, momenta, fishers, options)
     if obstacle:
         raise RuntimeError(f"The fused FAdam step is not possible here: {obstacle}.")
     grads = [grad.to(params[0].dtype).contiguous() for grad in grads]
+    sizes = [param.numel() for param in params]
+    for tensors in (grads, momenta, fishers):
+        if [tensor.numel() for tensor in tensors] != sizes:
+            raise ValueError("Every gradient and state must have as many elements as its parameter.")
     columns: list[array] = [
         array("q", [tensor.data_ptr() for tensor in tensors]) for tensors in (params, grads, momenta, fishers)
     ]
-    columns.append(array("q", [param.numel() for param in params]))
+    columns.append(array("q", sizes))
     columns.append(array("d", totals))
     rates = {step: corrected_beta2(options.beta2, step) for step in set(map(float, steps))}
     columns.append(array("d", [float(rates[float(step)]) for step in steps]))
-    tensors = _Tensors(len(params), *(column.buffer_info()[0] for column in columns))
-    call = _Call(_NAMES[params[0].dtype], tensors, options)
+    addresses = _Tensors(len(params), *(column.buffer_info()[0] for column in columns))
+    call = _Call(_NAMES[params[0].dtype], addresses, options)
     if reduce is None:
         call("step")
     else:
         _step_shards(call, options, torch.tensor(totals, dtype=torch.float64), reduce)
+    torch.autograd.graph.increment_version([*params, *momenta, *fishers])  # as torch's own in-place operations do
 
 
 class _Call:

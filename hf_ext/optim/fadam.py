@@ -122,7 +122,10 @@ class FAdam(Optimizer):
         final: dict[str, Any] = {}
 
         def check_and_keep(_: Optimizer, loaded: dict[str, Any]) -> None:
-            _check_states(loaded["state"])
+            ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            for key, param in zip(ids, params, strict=False):  # the base class compares the numbers of them
+                _check_state(key, loaded["state"].get(key), param)
             final.update(loaded)
 
         hook = self.register_load_state_dict_pre_hook(check_and_keep)  # the last: sees what other hooks have changed
@@ -307,10 +310,18 @@ def _check(options: dict[str, Any]) -> None:
         )
 
 
-def _check_states(states: dict[Any, dict[str, Any]]) -> None:
-    for key, state in states.items():
-        if set(state) not in ({"step", *STATES}, {"step", *blockwise.KEYS}):
+def _check_state(key: Any, state: dict[str, Any] | None, param: Tensor) -> None:
+    """Raise `ValueError` for a saved state that is not FAdam's or not of that parameter."""
+    if not state:
+        return
+    if set(state) not in ({"step", *STATES}, {"step", *blockwise.KEYS}):
+        raise ValueError(
+            f"The state of parameter {key!r} holds {', '.join(map(str, state))}; FAdam's holds step, momentum and "
+            f"fisher (or their 8-bit codes), so this checkpoint is another optimizer's."
+        )
+    for name, value in state.items():
+        if name in (*STATES, "momentum_code", "fisher_root_code") and value.shape != param.shape:
             raise ValueError(
-                f"The state of parameter {key!r} holds {', '.join(map(str, state))}; FAdam's holds step, momentum and "
-                f"fisher (or their 8-bit codes), so this checkpoint is another optimizer's."
+                f"The saved {name} of parameter {key!r} has shape {list(value.shape)}, the parameter "
+                f"{list(param.shape)}."
             )

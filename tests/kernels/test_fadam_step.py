@@ -103,7 +103,8 @@ def test_equals_numpy_at_every_step(path, lr, beta1, beta2, clip, p, weight_deca
         for k, grad in enumerate(grads):
             expected[k] = oracle(expected[k][0], grad.numpy(), *expected[k][1:], t, options)
             for wanted, got in zip(expected[k], (params[k], momenta[k], fishers[k]), strict=True):
-                np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12, atol=1e-12 * np.abs(wanted).max())
+                tolerance = 1e-12 * max(np.abs(wanted).max(), lr)  # a sum of steps of the size of lr may cancel
+                np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12, atol=tolerance)
 
 
 @pytest.mark.parametrize("path", ["foreach", "fused"])
@@ -335,6 +336,12 @@ def test_fused_takes_a_gradient_of_another_layout():
         fadam_step(params, grads, momenta, fishers, [1], FAdamOptions(), path=path)
         results.append(params[0])
     assert relative_error(*results) < 1e-14
+
+
+def test_fused_refuses_a_state_of_another_size():
+    params, momenta, fishers = tensors([(4, 5)])
+    with pytest.raises(ValueError, match="as many elements as its parameter"):
+        fadam_step(params, gradients([(4, 5)], 1), momenta, [fishers[0][:3]], [1], FAdamOptions(), path="fused")
 
 
 def test_unknown_path_and_no_tensors():

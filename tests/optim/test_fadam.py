@@ -247,6 +247,24 @@ def test_checkpoint_of_another_optimizer_is_refused_and_changes_nothing():
     assert str(fadam.state_dict()) == str(before)
 
 
+def test_checkpoint_of_another_shape_is_refused(path):
+    saved, params = make_params(shapes=((3, 4),)), make_params(shapes=((4, 3),))
+    optimizer = FAdam(saved, **path)
+    train(optimizer, saved, 1)
+    with pytest.raises(ValueError, match=r"saved momentum of parameter 0 has shape \[3, 4\], the parameter \[4, 3\]"):
+        FAdam(params, **path).load_state_dict(optimizer.state_dict())
+
+
+def test_autograd_notices_that_parameters_have_changed(path):
+    param = nn.Parameter(torch.ones(3))
+    optimizer = FAdam([param], **path)
+    loss = (param * param).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_options_missing_in_an_older_checkpoint_take_the_value_of_this_optimizer():
     params = make_params()
     optimizer = FAdam(params)
