@@ -59,6 +59,8 @@ class Dialogue:
             logits = torch.cat([first, self._feed(ids)[:-1]])
             self.cache.crop(-len(ids))
             scores.append(logits.float().log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).mean().item())
+        if hasattr(self.cache, "end_recording"):
+            self.cache.end_recording()
         return max(range(len(answers)), key=scores.__getitem__)
 
     def _feed(self, ids: list[int], logits: int = 0) -> torch.Tensor:
