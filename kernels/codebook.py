@@ -57,7 +57,7 @@ def decode_reference(weight: CodebookWeight, dtype: torch.dtype = torch.float32)
 def decode(weight: CodebookWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`decode_reference` on the fastest path that this device has."""
     values = decode_compiled(weight, dtype)
-    return decode_reference(weight, dtype) if values is None else values
+    return decode_reference(weight, dtype) if values is None else to_columns(values, weight.perm)
 
 
 def codebook_linear(x: Tensor, weight: CodebookWeight, bias: Tensor | None = None) -> Tensor:
@@ -65,9 +65,12 @@ def codebook_linear(x: Tensor, weight: CodebookWeight, bias: Tensor | None = Non
 
     The gradient with respect to ``x`` decodes again; the stored weight gets none. Results come in the type of ``x``.
     """
-    y = _CodebookProduct.apply(x, weight)
-    if weight.lr_a is not None and weight.lr_b is not None:
-        y = y + low_rank_product(x, weight.lr_a, weight.lr_b)
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    y = None if differentiable or not 0 < x.shape[:-1].numel() <= GEMV_ROWS else gemv_compiled(x, weight)
+    if y is None:
+        y = _CodebookProduct.apply(x, weight) if differentiable else _multiply(x, weight)
+        if weight.lr_a is not None and weight.lr_b is not None:
+            y = y + low_rank_product(x, weight.lr_a, weight.lr_b)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -100,19 +103,23 @@ def to_columns(values: Tensor, perm: Tensor | None) -> Tensor:
     return torch.empty_like(values).index_copy_(-1, perm.long(), values)
 
 
+def _multiply(x: Tensor, weight: CodebookWeight) -> Tensor:
+    """``x @ Q.T``. Inputs are permuted rather than the weight: there are fewer of them."""
+    stored = decode_compiled(weight, x.dtype)
+    if stored is None:
+        return torch.nn.functional.linear(x, decode_reference(weight, x.dtype))
+    x = x if weight.perm is None else x.index_select(-1, weight.perm.to(torch.int32))
+    return torch.nn.functional.linear(x, stored)
+
+
 class _CodebookProduct(torch.autograd.Function):
     """``x @ Q.T``: decoded for this call only, and once more for the gradient."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: CodebookWeight) -> Tensor:
         ctx.weight = weight  # type: ignore[attr-defined]
-        rows = x.numel() // max(1, x.shape[-1])
-        if 0 < rows <= GEMV_ROWS:
-            y = gemv_compiled(x, weight)
-            if y is not None:
-                return y
-        return torch.nn.functional.linear(x, decode(weight, x.dtype))
+        return _multiply(x, weight)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ decode(ctx.weight, grad.dtype), None  # type: ignore[attr-defined]

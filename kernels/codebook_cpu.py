@@ -1,17 +1,104 @@
-"""The compiled CPU path of `hf_ext.kernels.codebook`; returns None wherever it does not apply."""
+"""The compiled CPU path of `hf_ext.kernels.codebook`: ``codebook_cpu.cpp``, through `hf_ext.kernels.native`.
 
-from typing import TYPE_CHECKING
+Where it cannot be compiled, every function here returns None and the PyTorch reference does the work.
+"""
+
+import ctypes
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hf_ext.kernels.native import load_native
+
 if TYPE_CHECKING:
     from hf_ext.kernels.codebook import CodebookWeight
 
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class _Weight(ctypes.Structure):
+    """``struct Weight`` of the source, and the tensors it points into."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("packed", "table", "scales", "zeros", "perm", "lr_a", "lr_b")),
+        *((name, ctypes.c_int64) for name in ("out", "inputs", "row_bytes", "group", "groups", "rank")),
+        *((name, ctypes.c_int32) for name in ("bits", "size", "width", "scale_type", "perm_bytes", "lr_type")),
+    )
+    tensors: tuple[Tensor | None, ...]
+
 
 def decode_compiled(weight: "CodebookWeight", dtype: torch.dtype) -> Tensor | None:
-    return None
+    """The dense weight ``[out, in]`` in stored order, without its low-rank term; None where this path cannot."""
+    library = _library()
+    if library is None or dtype not in TYPES or not _on_cpu(weight):
+        return None
+    dense = torch.empty(len(weight.qweight), weight.in_features, dtype=dtype)
+    library.decode(prepare(weight), dense.data_ptr(), TYPES[dtype], torch.get_num_threads())
+    return dense
 
 
 def gemv_compiled(x: Tensor, weight: "CodebookWeight") -> Tensor | None:
-    return None
+    """``x`` ``[..., in]`` times the whole weight, low-rank term included; None where this path cannot."""
+    library = _library()
+    if library is None or x.dtype not in TYPES or x.device.type != "cpu" or not _on_cpu(weight):
+        return None
+    x = x.contiguous()
+    out = len(weight.qweight)
+    y = torch.empty(*x.shape[:-1], out, dtype=x.dtype)
+    rows = y.numel() // out
+    library.gemv(prepare(weight), x.data_ptr(), y.data_ptr(), rows, TYPES[x.dtype], torch.get_num_threads())
+    return y
+
+
+def prepare(weight: "CodebookWeight") -> Any:
+    """The weight as the compiled functions take it; made once and kept on the weight."""
+    known = vars(weight).get("_prepared")
+    if known is not None:
+        return known
+    size = weight.table.shape[1]
+    width = next(width for width in (1, 2, 4, 8) if width >= size)
+    table = torch.nn.functional.pad(weight.table.float(), (0, width - size)).contiguous()
+    factors = [None if part is None else _factor(part) for part in (weight.lr_a, weight.lr_b)]
+    held = [weight.qweight, table, weight.scales, weight.zeros, weight.perm, *factors]
+    tensors = tuple(None if tensor is None else tensor.contiguous() for tensor in held)
+    prepared = _Weight(
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        len(weight.qweight),
+        weight.in_features,
+        weight.qweight.shape[1],
+        weight.group,
+        weight.scales.shape[1],
+        0 if weight.lr_a is None else len(weight.lr_a),
+        weight.code_bits,
+        size,
+        width,
+        TYPES[weight.scales.dtype],
+        0 if weight.perm is None else weight.perm.element_size(),
+        0 if factors[0] is None else TYPES[factors[0].dtype],
+    )
+    prepared.tensors = tensors
+    reference = ctypes.byref(prepared)
+    vars(weight)["_prepared"] = reference
+    return reference
+
+
+def _factor(part: Tensor) -> Tensor:
+    return part.detach() if part.dtype in (torch.float16, torch.float32) else part.detach().float()
+
+
+def _on_cpu(weight: "CodebookWeight") -> bool:
+    return weight.qweight.device.type == "cpu"
+
+
+@cache
+def _library() -> Any:
+    """The compiled library, or None where it cannot be had."""
+    library = load_native("codebook_cpu")
+    if library is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int32
+        library.gemv.argtypes = (pointer, pointer, pointer, ctypes.c_int64, number, number)
+        library.decode.argtypes = (pointer, pointer, number, number)
+        library.gemv.restype = library.decode.restype = None
+    return library

@@ -29,6 +29,7 @@ SEAMS: tuple[tuple[str, str], ...] = (
     ("peft.peft_model", "hf_ext.patches.cla_training:report_dropped_adapter_weights"),
     ("peft.tuners.tuners_utils", "hf_ext.patches.cla_training:explain_missing_targets"),
     ("transformers.quantizers.auto", "hf_ext.patches.quantizers:register_reallm"),
+    ("peft.tuners.lora.model", "hf_ext.patches.peft_dispatch:adapt_reallm_layers"),
     ("transformers.generation.configuration_utils", "hf_ext.patches.cache_names:allow_names"),
     ("transformers.generation.utils", "hf_ext.patches.cache_names:build_named_caches"),
     ("transformers.training_args", "hf_ext.patches.optimizer_names:add_name"),

@@ -172,9 +172,9 @@ def capture_block_inputs(model: nn.Module, blocks: nn.ModuleList, windows: Tenso
 
         return hook
 
-    with _hooks(blocks, lambda index: remember(index, stop=False)):
+    with _hooks(list(blocks), lambda index: remember(index, stop=False)):
         model(input_ids=windows[:1], use_cache=False)  # once to the end, to see how each block is called
-    with _hooks(blocks[:1], lambda index: remember(index, stop=True)):
+    with _hooks([blocks[0]], lambda index: remember(index, stop=True)):
         for window in windows[1:]:
             try:
                 model(input_ids=window[None], use_cache=False)

@@ -97,7 +97,7 @@ class ReALLMConfig(QuantizationConfigMixin):
         values = locals()
         for name in _OPTIONS:
             setattr(self, name, values[name])
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD
         self.calibration, self.tokenizer = calibration, tokenizer
         self._check()
 

@@ -78,7 +78,9 @@ def codebook_weight(
     parts: Parts, shape: MatrixShape, in_features: int, table: Tensor | None = None, low_rank: bool = True
 ) -> CodebookWeight:
     """The parts as the kernels take them; ``table`` saves tabulating again."""
-    factors = restore_low_rank(parts) if low_rank else None
+    factors = None
+    if low_rank and "lr_a" in parts:  # float factors are taken as they are, without a copy
+        factors = restore_low_rank(parts) if "lr_scale" in parts else (parts["lr_a"], parts["lr_b"])
     return CodebookWeight(
         parts["qweight"],
         codewords(parts, shape) if table is None else table,

@@ -58,7 +58,8 @@ def quantize_rows(target: Tensor, scales: Tensor, zeros: Tensor, table: Tensor, 
     columns = target.shape[1]
     padding = -columns % size
     if factor is None:
-        return _nearest_rows(*(_pad(tensor, padding) for tensor in (target, scales, zeros)), table, columns)
+        target, scales, zeros = _pad(target, padding), _pad(scales, padding, 1.0), _pad(zeros, padding)
+        return _nearest_rows(target, scales, zeros, table, columns)
     work, scales, zeros = _pad(target.clone(), padding), _pad(scales, padding, 1.0), _pad(zeros, padding)
     factor = _pad_factor(factor, padding)
     codes = torch.empty(len(target), work.shape[1] // size, dtype=torch.uint8)

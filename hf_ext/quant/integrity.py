@@ -24,7 +24,7 @@ def checksums(tensors: Mapping[str, Tensor]) -> str:
 def checksum(tensor: Tensor) -> int:
     """The CRC-32 of a tensor's bytes in order."""
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return zlib.crc32(memoryview(flat.numpy()))
+    return zlib.crc32(flat.numpy().data)
 
 
 def verify_checkpoint(files: Iterable[str | Path]) -> None:

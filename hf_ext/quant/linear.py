@@ -165,7 +165,7 @@ class ReALLMLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model, but keep the types of the stored parts when it is cast."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, part in before.items():
             moved = self._buffers[name]
             if part is not None and moved is not None and moved.dtype != part.dtype:

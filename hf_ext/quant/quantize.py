@@ -153,7 +153,7 @@ def _profiles(
         energy = float((importance * weight.square().mean(1)).sum())
         perm = hessian.diagonal().argsort(descending=True)
         columns = curvature(hessian, config.damping, perm).column_weights.sort(descending=True).values
-        profiles[name] = MatrixProfile(*weight.shape, energy, columns)
+        profiles[name] = MatrixProfile(weight.shape[0], weight.shape[1], energy, columns)
     return {name: profiles[name] for name in layers}
 
 
