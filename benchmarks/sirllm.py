@@ -15,8 +15,10 @@ Python language documentation that comes with the interpreter.
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from hf_ext.caches.surprisal import surprisal
 from hf_ext.default_model import load_model
 
 SINKS = 4
+LATEST = 33  # readings of the clock that the time per token at a mark comes from
 
 
 def caches(budget: int, decay: float = 1.0) -> dict[str, Any]:
@@ -107,14 +110,28 @@ def run_stream(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
         for row in rows.values():
             report.row(**row)
         end = min(context, ids.shape[1]) if config is None else ids.shape[1]
+        clock = [time.perf_counter()]
         for seen, nats in stream(model, cache, ids[:, :end], options.block, start, total):
+            clock.append(time.perf_counter())
             if seen in (context, *options.tokens):
-                perplexity = math.exp(nats / (seen - 1))
-                row = report.row(cache=name, tokens=seen, perplexity=perplexity, bytes=nbytes(cache), nats=nats)
+                row = report.row(
+                    cache=name,
+                    tokens=seen,
+                    perplexity=math.exp(nats / (seen - 1)),
+                    bytes=nbytes(cache),
+                    ms_per_token=1000 * median_step(clock[-LATEST:]) / options.block,
+                    nats=nats,
+                )
                 report.save()
                 if config is not None and options.states is not None:
                     cache.save(state_path(options.states, name, seen))
                     state_path(options.states, name, seen).with_suffix(".json").write_text(json.dumps(row))
+                clock[-1] = time.perf_counter()
+
+
+def median_step(clock: list[float]) -> float:
+    """The median difference of neighbours."""
+    return statistics.median(after - before for before, after in pairwise(clock))
 
 
 def read_rows(folder: Path, name: str) -> dict[int, dict[str, Any]]:
