@@ -1,6 +1,13 @@
 from .caches.decoquant import DecoQuantConfig as DecoQuantConfig
+from .caches.h2o import H2OConfig as H2OConfig
+from .caches.knorm import KnormConfig as KnormConfig
+from .caches.pyramid_infer import PyramidInferCacheConfig as PyramidInferCacheConfig
+from .caches.pyramid_infer import PyramidInferConfig as PyramidInferConfig
+from .caches.pyramid_kv import PyramidKVConfig as PyramidKVConfig
 from .caches.sink_window import SinkWindowConfig as SinkWindowConfig
 from .caches.sirllm import SirLLMConfig as SirLLMConfig
+from .caches.snapkv import SnapKVConfig as SnapKVConfig
+from .caches.tova import TOVAConfig as TOVAConfig
 from .cla.config import CLAConfig as CLAConfig
 from .data.bucket_sampler import BucketBatchSampler as BucketBatchSampler
 from .data.decompose import decompose as decompose

@@ -6,6 +6,13 @@ from typing import Any
 
 CACHES: dict[str, str] = {
     "decoquant": "hf_ext.caches.decoquant:DecoQuantConfig",
+    "h2o": "hf_ext.caches.h2o:H2OConfig",
+    "knorm": "hf_ext.caches.knorm:KnormConfig",
+    "pyramid_infer": "hf_ext.caches.pyramid_infer:PyramidInferConfig",
+    "pyramid_infer_cache": "hf_ext.caches.pyramid_infer:PyramidInferCacheConfig",
+    "pyramid_kv": "hf_ext.caches.pyramid_kv:PyramidKVConfig",
+    "snapkv": "hf_ext.caches.snapkv:SnapKVConfig",
+    "tova": "hf_ext.caches.tova:TOVAConfig",
     "sink_window": "hf_ext.caches.sink_window:SinkWindowConfig",
     "sirllm": "hf_ext.caches.sirllm:SirLLMConfig",
 }

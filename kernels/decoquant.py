@@ -33,7 +33,7 @@ class RowFormat:
         widths: bits of each coefficient, uint8 ``[D]``.
         synthesis: ``[g, g]`` float16; block-diagonal over the ``D / g`` groups of a head.
         mean: ``[H, D]`` float16.
-        weight: what a squared error in each coefficient counts, float16 ``[D]``.
+        weight: what a squared error in each coefficient counts, float16 ``[D]``; 0 where no bits are stored.
         row_bytes: bytes of a row of codes.
         midrise: codes stand for the middles of their cells (`fit_allocated`), not for whole steps (`fit_uniform`).
     """
@@ -105,20 +105,24 @@ def fit_allocated(x: Tensor, row_bytes: int, metric: Tensor | None = None) -> Ro
     rows = (x.double() - mean[:, None].double()).flatten(0, 1)
     root, inverse_root = _roots(metric, d, rows)
     rows = rows @ root
-    _, basis = torch.linalg.eigh(rows.T @ rows)
+    gram = rows.T @ rows
+    # Directions that the block does not have are put in one order, so that the last bit of a sum cannot turn them.
+    ramp = torch.linspace(1.0, 2.0, d, dtype=torch.float64, device=x.device)
+    _, basis = torch.linalg.eigh(gram + torch.diag(ramp * (gram.diagonal().mean() * 1e-6 + 1e-30)))
     coefficients = rows @ basis
     scale = coefficients.square().sum(-1, keepdim=True).div(coefficients.square().sum() / len(rows) + 1e-30).sqrt()
     variance = (coefficients / scale.clamp_min(1e-3)).square().mean(0)
     widths = allocate_widths(variance, min(8 * row_bytes, MAX_WIDTH * d))
-    # A coefficient that never varied keeps a step, so that the synthesis has an inverse.
-    deviation = variance.sqrt().clamp_min(variance.max().sqrt().item() * 1e-4 + 1e-6)
+    # A coefficient that hardly varied, or is not stored, has a step all the same: the synthesis has an exact inverse.
+    deviation = variance.sqrt().clamp_min(variance.max().sqrt().item() * 1e-3 + 1e-6)
+    deviation = torch.where(widths > 0, deviation, deviation.max())
     step = torch.tensor(GAUSSIAN_STEP, dtype=torch.float64, device=x.device)[widths] * deviation
     synthesis = (step[:, None] * basis.T) @ inverse_root
     return RowFormat(
         widths=widths.to(torch.uint8),
         synthesis=synthesis.half(),
         mean=mean,
-        weight=(step / step.max()).square().clamp_min(1e-6).half(),
+        weight=torch.where(widths > 0, (step / step.max()).square().clamp_min(1e-6), 0.0).half(),
         row_bytes=row_bytes,
         midrise=True,
     )

@@ -6,7 +6,8 @@ from typing import Any
 from hf_ext.caches.base import HfExtCache
 from hf_ext.caches.config import CacheConfig, cache_configs
 from hf_ext.caches.support import check_model_config
-from hf_ext.patches.forward_context import attach
+from hf_ext.patches.forward_context import attach, find_decoder
+from hf_ext.patches.hidden_states import attach_gathering
 
 
 def make_cache(model: Any, config: Any = None, **options: Any) -> HfExtCache:
@@ -31,6 +32,8 @@ def make_cache(model: Any, config: Any = None, **options: Any) -> HfExtCache:
     stack = _stack(model, config, options)
     check_flag(model, stack)
     attach(model)
+    if getattr(stack[0], "gathers", False):
+        attach_gathering(find_decoder(model))
     cache: HfExtCache = stack[0].build(model, stack[1:])
     return cache
 

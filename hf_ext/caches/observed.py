@@ -30,17 +30,20 @@ class ObservedLayer(HfExtLayer):
 
     Attributes:
         real_count: ``[B]`` int64, real tokens stored per row.
+        unbroken: how many of the latest tokens are stored without a gap; None when all are.
         incoming: ``[B]`` real tokens among those of the coming forward, or None when all of them are.
         attended: `attend` was called in this forward.
         proved: the model is known to call `attend`.
     """
 
     row_tensors: ClassVar[tuple[str, ...]] = (*HfExtLayer.row_tensors, "real_count")
+    plain_values: ClassVar[tuple[str, ...]] = (*HfExtLayer.plain_values, "unbroken")
 
     def __init__(self) -> None:
         super().__init__()
         self.real_count: Any = None
         self.incoming: Tensor | None = None
+        self.unbroken: int | None = None
         self._uneven = False
         self.attended = False
         self.proved = False
@@ -63,6 +66,8 @@ class ObservedLayer(HfExtLayer):
         """Add the new tokens to the real ones."""
         if self.real_count is None:
             self.real_count = torch.zeros(len(key_states), dtype=torch.long, device=key_states.device)
+        if self.unbroken is not None:
+            self.unbroken += key_states.shape[-2]
         if self.incoming is None:
             self.real_count = self.real_count + key_states.shape[-2]
         else:
@@ -130,15 +135,26 @@ class ObservedLayer(HfExtLayer):
         Raises:
             ValueError: fewer than ``count`` tokens are stored.
         """
+        self.check_unbroken(count)
         super().drop_last(count)
         if count > 0:
             self.real_count = (self.real_count - count).clamp(min=0)
 
+    def check_unbroken(self, count: int) -> None:
+        """Note that the last ``count`` tokens go.
+
+        Raises:
+            ValueError: some of them are no longer stored.
+        """
+        if self.unbroken is not None:
+            if count > self.unbroken:
+                raise ValueError(f"cannot remove the last {count} tokens: some of them are no longer stored.")
+            self.unbroken -= count
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.real_count = None
-        self.incoming = None
+        self.real_count = self.incoming = self.unbroken = None
         self._uneven = self.attended = self.proved = False
 
     def write_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -173,6 +189,17 @@ def note_attended(layers: list[ObservedLayer], forward: Forward) -> bool:
     if attended:
         SEAM.proved.add(forward.decoder)
     return attended
+
+
+def check_crop(layers: list[ObservedLayer], tokens_to_remove: int) -> None:
+    """Refuse a crop that some layer cannot do, before any layer does it.
+
+    Raises:
+        ValueError: some of the tokens to remove are no longer stored.
+    """
+    gaps = [layer.unbroken for layer in layers if layer.unbroken is not None]
+    if gaps and -tokens_to_remove > min(gaps):
+        raise ValueError(f"cannot remove the last {-tokens_to_remove} tokens: some of them are no longer stored.")
 
 
 def _like(mask: Tensor, visible: Tensor, length: int) -> Tensor:

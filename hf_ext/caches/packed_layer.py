@@ -43,6 +43,7 @@ class PackedLayer(ObservedLayer):
         for name in EXTRA:
             setattr(self, name, None)
         self._longest = 0
+        self._all_formatted = False
 
     @property
     def stored(self) -> int:
@@ -108,7 +109,7 @@ class PackedLayer(ObservedLayer):
 
     def observe(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, module: Any) -> None:
         """Add the queries to the metric by which the keys' error will be measured."""
-        if not self.config.query_metric or self.config.method != "allocated" or self._all_packed():
+        if not self.config.query_metric or self.config.method != "allocated" or self._all_formatted:
             return
         q = query.detach().to(torch.promote_types(query.dtype, torch.float32))
         if self.incoming is not None:
@@ -118,9 +119,6 @@ class PackedLayer(ObservedLayer):
         moment = q.transpose(1, 2) @ q
         self.query_moment = moment if self.query_moment is None else self.query_moment + moment
 
-    def _all_packed(self) -> bool:
-        return self.packed_count is not None and bool((self.packed_count > 0).all())
-
     # --- packing -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -129,38 +127,45 @@ class PackedLayer(ObservedLayer):
         if self.real_count is None or self.record_past:
             return
         recent = self.recent_count.tolist()
-        packed = [0] * len(recent) if self.packed_count is None else self.packed_count.tolist()
-        ready = [self._ready(r, p) for r, p in zip(recent, packed, strict=True)]
+        ready = [self._ready(r, f) for r, f in zip(recent, self._formatted(), strict=True)]
         if any(ready):
             self._pack(recent, ready)
         elif self.keys.shape[-2] > max(recent):
             begin = self.keys.shape[-2] - max(recent)
             self.keys, self.values = self.keys[..., begin:, :].clone(), self.values[..., begin:, :].clone()
 
-    def _ready(self, recent: int, packed: int) -> int:
+    def _formatted(self) -> list[bool]:
+        """Which rows have their basis, even if none of their packed tokens is left."""
+        if self.key_synthesis is None:
+            return [False] * len(self.real_count)
+        return self.key_synthesis.flatten(1).any(-1).tolist()
+
+    def _ready(self, recent: int, formatted: bool) -> int:
         """How many of a row's recent tokens are to be packed now."""
         count = recent - self.config.sink_size - self.config.recent_size
-        return count if count >= (self.config.block_size if packed else self.config.first_block) else 0
+        return count if count >= (self.config.block_size if formatted else self.config.first_block) else 0
 
     def _pack(self, recent: list[int], ready: list[int]) -> None:
         if self.packed_count is None:
             self.packed_count = torch.zeros_like(self.real_count)
             self.sink_count = torch.full_like(self.real_count, self.config.sink_size)
-        capacity = self.keys.shape[-2]
+        capacity, formatted = self.keys.shape[-2], self._formatted()
         for side, dense in zip(SIDES, (self.keys, self.values), strict=True):
             pieces: list[Any] = []
             for row, count in enumerate(ready):
                 begin = capacity - recent[row] + int(self.sink_count[row])
-                pieces.append(self._encode_row(side, row, dense[row, :, begin : begin + count]) if count else None)
-            self._store(side, pieces, ready)
+                x = dense[row, :, begin : begin + count]
+                pieces.append(self._encode_row(side, row, x, formatted[row]) if count else None)
+            self._store(side, pieces, ready, formatted)
         left = [r - count for r, count in zip(recent, ready, strict=True)]
         self.keys, self.values = (self._without(dense, recent, ready, left) for dense in (self.keys, self.values))
         self.packed_count = self.packed_count + torch.tensor(ready, device=self.packed_count.device)
-        if self._all_packed():
+        self._all_formatted = all(self._formatted())
+        if self._all_formatted:
             self.query_moment = None
 
-    def _encode_row(self, side: str, row: int, x: Tensor) -> tuple[RowFormat, Tensor, Tensor]:
-        if int(self.packed_count[row]) > 0:
+    def _encode_row(self, side: str, row: int, x: Tensor, formatted: bool) -> tuple[RowFormat, Tensor, Tensor]:
+        if formatted:
             row_format = self._rows(side).row_format(row)
         elif self.config.method == "uniform":
             row_format = fit_uniform(x, self.config.bits, self.config.group)
@@ -169,7 +174,7 @@ class PackedLayer(ObservedLayer):
             row_format = fit_allocated(x, self.config.row_bytes(x.shape[-1]), metric)
         return (row_format, *encode(x, row_format))
 
-    def _store(self, side: str, pieces: list[Any], ready: list[int]) -> None:
+    def _store(self, side: str, pieces: list[Any], ready: list[int], formatted: list[bool]) -> None:
         """Append each row's new codes and scales at its own count, and its format where it is new."""
         example = next(piece for piece in pieces if piece is not None)
         before = self.packed_count.tolist()
@@ -188,7 +193,7 @@ class PackedLayer(ObservedLayer):
             old = getattr(self, f"{side}_{part}")
             rows = torch.zeros(len(pieces), *like.shape, dtype=like.dtype, device=like.device) if old is None else old
             for row, piece in enumerate(pieces):
-                if piece is not None and before[row] == 0:
+                if piece is not None and not formatted[row]:
                     rows[row] = getattr(piece[0], part)
             setattr(self, f"{side}_{part}", rows)
 
@@ -243,7 +248,7 @@ class PackedLayer(ObservedLayer):
         """
         first = self._longest - self.real_count
         self._select([row[row >= 0] for row in (slots.to(first.device) - first[:, None]).unbind(0)])
-        self._uneven = self._uneven or bool((self.real_count != self._longest).any())
+        self._uneven = bool((self.real_count != self._longest).any())
 
     def drop_last(self, count: int) -> None:
         """Forget the last ``count`` tokens, packed or not.
@@ -251,6 +256,7 @@ class PackedLayer(ObservedLayer):
         Raises:
             ValueError: fewer than ``count`` tokens are stored.
         """
+        self.check_unbroken(count)
         if count > self.stored:
             raise ValueError(f"cannot take back {count} tokens: this layer stores only {self.stored}.")
         if count == 0:
@@ -297,6 +303,7 @@ class PackedLayer(ObservedLayer):
         """Take over what `read_state` gave."""
         super().write_state(tensors, values)
         self._longest = 0 if self.real_count is None else int(self.real_count.max())
+        self._all_formatted = self.real_count is not None and all(self._formatted())
         self._uneven = self.real_count is not None and bool((self.real_count != self._longest).any())
 
 

@@ -14,14 +14,30 @@ from hf_ext.testing import assert_close, ragged_batch, tiny_model
 # Options so small that 40 tokens meet them, and options under which nothing at all may change (None: there are none).
 SMALL = {
     "decoquant": {"bits": 8, "first_block": 8, "block_size": 3, "sink_size": 2},
+    "h2o": {"budget": 12, "recent_size": 4},
+    "knorm": {"budget": 12, "recent_size": 4},
+    "pyramid_infer": {"decay": 0.5, "min_context": 2, "sink_size": 2, "generation_block": 4, "voters": 3},
+    "pyramid_infer_cache": {"decay": 0.5, "min_context": 2, "sink_size": 2, "generation_block": 4, "voters": 3},
+    "pyramid_kv": {"budget": 12, "recent_size": 4},
+    "snapkv": {"budget": 12, "recent_size": 4},
+    "tova": {"budget": 12},
     "sink_window": {"sink_size": 2, "window_size": 14, "block_size": 4},
     "sirllm": {"sink_size": 2, "memory_size": 8, "recent_size": 6, "block_size": 4},
 }
 LOSSLESS = {
     "decoquant": {"first_block": 1000},
+    "h2o": {"budget": 200},
+    "knorm": {"budget": 200},
+    "pyramid_infer": {"decay": 1.0, "generation_block": 0},
+    "pyramid_infer_cache": {"decay": 1.0, "generation_block": 0},
+    "pyramid_kv": {"budget": 1.0, "layer_budgets": [1, 1, 1, 1]},
+    "snapkv": {"budget": 200},
+    "tova": {"budget": 200},
     "sink_window": {"window_size": 200},
     "sirllm": {"memory_size": 100, "recent_size": 100},
 }
+
+FULL_ATTENTION_ONLY = {"pyramid_infer"}  # refuses models with sliding-window layers by a sentence
 
 ALL = pytest.mark.parametrize("kind", sorted(CACHES))
 WITHOUT_LOSS = pytest.mark.parametrize("kind", [kind for kind in sorted(CACHES) if LOSSLESS.get(kind) is not None])
@@ -145,7 +161,7 @@ def copies(model, cache, folder):
 @ALL
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_saved_or_copied_cache_goes_on_as_the_first(kind, family, tmp_path):
-    model = tiny_model(family)
+    model = tiny_model(family if kind not in FULL_ATTENTION_ONLY else "llama")
     cache = small(model, kind)
     generate(model, cache)
     twins = copies(model, cache, tmp_path)
@@ -214,7 +230,7 @@ def test_crop_takes_back_what_was_recorded(kind):
 @ALL
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_an_interrupted_forward_is_taken_back(kind, family):
-    model = tiny_model(family)
+    model = tiny_model(family if kind not in FULL_ATTENTION_ONLY else "llama")
     straight, broken = small(model, kind), small(model, kind)
     ids = torch.randint(3, 128, (2, 30))
     for cache in (straight, broken):

@@ -22,8 +22,16 @@ def feed(model, cache, ids, mask=None):
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [("llama", "sdpa"), ("llama", "eager"), ("qwen2", "sdpa"), ("qwen3", "sdpa"), ("gemma2", "eager")]
-    + [("phi3", "sdpa"), ("gpt_neox", "sdpa"), ("olmo2", "sdpa")],
+    [
+        ("llama", "sdpa"),
+        ("llama", "eager"),
+        ("qwen2", "sdpa"),
+        ("qwen3", "sdpa"),
+        ("gemma2", "eager"),
+        ("phi3", "sdpa"),
+        ("gpt_neox", "sdpa"),
+        ("olmo2", "sdpa"),
+    ],
 )
 def test_a_left_padded_batch_equals_single_runs(family, attention):
     # Double precision, so that no rounding of the model itself can move a number across the border of a code. The

@@ -1,0 +1,349 @@
+"""`EvictingCache`: layers that drop tokens by a score, each for itself, over dense or packed storage.
+
+A method is a config that says how tokens are scored and when something is due (`EvictConfig`); everything else is
+here. Every row of a batch is treated by its own tokens and counts alone. Dropping happens after a forward, so a
+forward always attends to all that was stored, and an interrupted or rejected one can be taken back.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_ext.caches.base import HfExtCache
+from hf_ext.caches.budgets import check_budget, parse_bytes
+from hf_ext.caches.config import CacheConfig
+from hf_ext.caches.decoquant import DecoQuantConfig
+from hf_ext.caches.forward import Forward
+from hf_ext.caches.observed import ObservedLayer, check_crop, note_attended, tell_incoming
+from hf_ext.caches.packed_layer import PackedLayer
+from hf_ext.caches.sink_window import check_sizes
+
+SLACK = 8  # generated tokens by which a row may exceed its budget before some go at once
+
+
+@dataclass(frozen=True)
+class EvictConfig(CacheConfig):
+    """What evicting methods have in common.
+
+    Attributes:
+        budget: tokens a layer stores per row: a whole number; a ratio in (0, 1] of the tokens seen; or the bytes of
+            the whole cache, such as ``"64MiB"``, which make it a number of tokens once the batch is known.
+        layer_budgets: weights of the layers' shares of the budget, one a layer, or None for equal ones.
+        sink_size: first tokens of each row that always stay.
+        recent_size: latest tokens that always stay.
+    """
+
+    type: ClassVar[str] = ""
+    per_head: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = False  # scores of stored tokens are carried on from forward to forward
+
+    budget: int | float | str = 0.5
+    layer_budgets: tuple[float, ...] | None = None
+    sink_size: int = 4
+    recent_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        check_sizes(self, "sink_size", "recent_size", least=0)
+        if self.layer_budgets is not None:
+            object.__setattr__(self, "layer_budgets", tuple(self.layer_budgets))
+            if not self.layer_budgets or min(self.layer_budgets) <= 0:
+                raise ValueError(f"layer_budgets must be positive weights, got {self.layer_budgets}.")
+        least = self.sink_size + self.recent_size + 1
+        if isinstance(self.budget, int) and self.budget < least:
+            raise ValueError(
+                f"a budget of {self.budget} tokens is too small: {self.sink_size} sinks, {self.recent_size} recent "
+                f"tokens and one more need {least}."
+            )
+
+    def check(self, model_config: Any) -> None:
+        """Raise `ValueError` when there is not one layer budget for each layer."""
+        layers = model_config.get_text_config(decoder=True).num_hidden_layers
+        if self.layer_budgets is not None and len(self.layer_budgets) != layers:
+            raise ValueError(f"layer_budgets has {len(self.layer_budgets)} weights for {layers} layers.")
+
+    def shares(self, layers: int) -> list[float]:
+        """Each layer's budget relative to the average."""
+        if self.layer_budgets is None:
+            return [1.0] * layers
+        return [weight * layers / sum(self.layer_budgets) for weight in self.layer_budgets]
+
+    def score(self, layer: "Evicts", query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor | None:
+        """Scores ``[B, H or 1, n]`` of all stored keys (higher stays), or None when this forward gives none."""
+        raise NotImplementedError
+
+    def protected(self, budget: int) -> tuple[int, int]:
+        """First and latest tokens that stay, out of ``budget``."""
+        sinks = min(self.sink_size, budget)
+        return sinks, min(self.recent_size, budget - sinks)
+
+    def build(self, model: Any, inner: tuple[CacheConfig, ...]) -> "EvictingCache":
+        """A new cache for ``model``, over DecoQuant where that is the inner cache."""
+        return EvictingCache(self, model, storage_of(self, inner))
+
+
+def storage_of(config: CacheConfig, inner: tuple[CacheConfig, ...]) -> DecoQuantConfig | None:
+    """The packed storage that a stack asks for.
+
+    Raises:
+        ValueError: there is more than one inner cache, or one that is no storage.
+    """
+    if not inner:
+        return None
+    if len(inner) > 1 or not isinstance(inner[0], DecoQuantConfig):
+        names = ", ".join(member.type for member in inner)
+        raise ValueError(f"the {config.type} cache can be put over decoquant alone, got {names}.")
+    return inner[0]
+
+
+class Evicts(ObservedLayer):
+    """What an evicting layer adds to its storage.
+
+    Attributes:
+        policy: the method.
+        share: this layer's part of the average budget.
+        real_seen: ``[B]`` real tokens that ever came.
+        scores: ``[B, H or 1, n]`` of the stored tokens, where a method carries them on.
+    """
+
+    row_tensors: ClassVar[tuple[str, ...]] = (*ObservedLayer.row_tensors, "real_seen", "scores")
+
+    policy: EvictConfig
+    share: float
+    per_head: bool
+
+    def set_up(self, policy: EvictConfig, share: float) -> None:
+        """Fill in what the storage's own constructor does not know."""
+        self.policy, self.share = policy, share
+        self.per_head = policy.per_head and not isinstance(self, PackedLayer)
+        self.real_seen: Any = None
+        self.scores: Any = None
+        self.tokens: int | None = None  # the budget in tokens, where it was given in tokens or bytes
+        self._new_scores: Tensor | None = None
+        self._added: Any = None
+
+    def count(self, key_states: Tensor) -> None:
+        """Add the new tokens to those stored and to those seen."""
+        before = 0 if self.real_count is None else self.real_count
+        super().count(key_states)
+        new = self.real_count - before
+        self.real_seen = new if self.real_seen is None else self.real_seen + new
+        self._added = new
+
+    def observe(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, module: Any) -> None:
+        """Score what is stored."""
+        super().observe(query, keys, values, scaling, module)
+        if keys.shape[-2] < self.stored and isinstance(self, PackedLayer):
+            keys, values = self._dense(query.dtype)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        with torch.no_grad():
+            self._new_scores = self.policy.score(self, query, keys, values, scaling)
+
+    def budget(self) -> list[int]:
+        """Tokens each row may keep now."""
+        if self.tokens is not None:
+            return [max(int(self.tokens * self.share), 1)] * len(self.real_seen)
+        ratio = min(float(self.policy.budget) * self.share, 1.0)
+        return [max(int(seen * ratio + 0.5), 1) for seen in self.real_seen.tolist()]
+
+    def commit(self) -> None:
+        """Drop what is due, then let the storage pack."""
+        scores, self._new_scores = self._new_scores, None
+        if scores is not None and self.real_count is not None and not self.record_past:
+            self._evict(scores)
+        super().commit()
+
+    def is_prompt(self, query: Tensor, keys: Tensor) -> bool:
+        """Whether this forward is a prompt, or a piece of one: the first one, or as long as the latest tokens."""
+        return query.shape[-2] == keys.shape[-2] or query.shape[-2] >= max(self.policy.recent_size, 2)
+
+    def first_slots(self, keys: Tensor) -> Tensor:
+        """Slot of each row's first real token among ``keys``, ``[B]``."""
+        return (keys.shape[-2] - self.real_count.to(keys.device)).clamp(min=0)
+
+    @torch.no_grad()
+    def _evict(self, scores: Tensor) -> None:
+        counts, budgets = self.real_count.tolist(), self.budget()
+        due = [
+            count > budget + (SLACK if new == 1 else 0)
+            for count, budget, new in zip(counts, budgets, self._added.tolist(), strict=True)
+        ]
+        if not any(due):
+            self._carry(scores, None)
+            return
+        own = []
+        for row, (count, budget) in enumerate(zip(counts, budgets, strict=True)):
+            row_scores = scores[row, :, scores.shape[-1] - count :]
+            everything = torch.arange(count, device=scores.device).expand(len(row_scores), -1)
+            own.append(self._best(row_scores, budget) if due[row] else everything)
+        self.unbroken = min(self.policy.protected(min(budgets))[1], min(counts))
+        self.keep_own(own)
+        self._carry(scores, own)
+
+    def _best(self, scores: Tensor, budget: int) -> Tensor:
+        """Ordinals ``[H or 1, budget]``, ascending, of what stays of one row with scores ``[H or 1, count]``."""
+        sinks, recent = self.policy.protected(budget)
+        scores = scores.clone()
+        scores[:, :sinks] = float("inf")
+        if recent:
+            scores[:, -recent:] = float("inf")
+        return scores.topk(budget, dim=-1).indices.sort(-1).values
+
+    def _carry(self, scores: Tensor, own: list[Tensor] | None) -> None:
+        """Keep the scores of what stayed, for methods that add them up."""
+        if not self.policy.accumulates:
+            return
+        if own is not None:
+            longest = max(ordinals.shape[-1] for ordinals in own)
+            carried = scores.new_zeros(*scores.shape[:2], longest)
+            for row, ordinals in enumerate(own):
+                begin = scores.shape[-1] - self._before[row]
+                carried[row, :, longest - ordinals.shape[-1] :] = scores[row].gather(-1, ordinals + begin)
+            scores = carried
+        self.scores = scores
+
+    def keep_own(self, own: list[Tensor]) -> None:
+        """Store in each row only the tokens with these ordinals, ``[H or 1, k]``."""
+        self._before = self.real_count.tolist()
+        if isinstance(self, PackedLayer):
+            self._select([ordinals[0] for ordinals in own])
+            self._uneven = bool((self.real_count != self.stored).any())
+            return
+        longest = max(ordinals.shape[-1] for ordinals in own)
+        kept = []
+        for dense in (self.keys, self.values):
+            out = dense.new_zeros(*dense.shape[:2], longest, dense.shape[-1])
+            for row, ordinals in enumerate(own):
+                index = (ordinals + dense.shape[-2] - self._before[row]).expand(dense.shape[1], -1)
+                rows = dense[row].gather(1, index[..., None].expand(-1, -1, dense.shape[-1]))
+                out[row, :, longest - ordinals.shape[-1] :] = rows
+            kept.append(out)
+        self.keys, self.values = kept
+        self.real_count = torch.tensor([ordinals.shape[-1] for ordinals in own], device=self.real_count.device)
+        self._uneven = bool((self.real_count != longest).any())
+
+    def drop_last(self, count: int) -> None:
+        """Forget the last ``count`` tokens; their scores go with them."""
+        super().drop_last(count)
+        if count > 0:
+            self.real_seen = (self.real_seen - count).clamp(min=0)
+            if self._new_scores is not None:
+                self._new_scores = self._new_scores[..., : max(self._new_scores.shape[-1] - count, 0)]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.real_seen = self.scores = self._new_scores = None
+
+
+class EvictingDenseLayer(Evicts):
+    """Evicts from keys and values in the model's own precision."""
+
+    def __init__(self, policy: EvictConfig, share: float) -> None:
+        self.set_up(policy, share)
+        super().__init__()
+
+
+class EvictingPackedLayer(Evicts, PackedLayer):
+    """Evicts from DecoQuant rows, by moving codes."""
+
+    row_tensors: ClassVar[tuple[str, ...]] = (*PackedLayer.row_tensors, "real_seen", "scores")
+
+    def __init__(self, policy: EvictConfig, share: float, storage: DecoQuantConfig) -> None:
+        self.set_up(policy, share)
+        super().__init__(storage)
+
+
+class EvictingCache(HfExtCache):
+    """A cache whose full-attention layers drop tokens by a score."""
+
+    config: EvictConfig
+
+    def __init__(self, config: EvictConfig, model: Any, storage: DecoQuantConfig | None = None) -> None:
+        self.config, self.storage = config, storage
+        text = model.config.get_text_config(decoder=True)
+        self._shares = config.shares(text.num_hidden_layers)
+        super().__init__(config, model)
+
+    def make_layer(self, layer_idx: int) -> Evicts:
+        """An evicting layer over the storage asked for."""
+        share = self._shares[layer_idx]
+        if self.storage is None:
+            return EvictingDenseLayer(self.config, share)
+        return EvictingPackedLayer(self.config, share, self.storage)
+
+    @property
+    def evicting(self) -> list[Evicts]:
+        """The evicting layers."""
+        return [layer for layer in self.layers if isinstance(layer, Evicts)]
+
+    def begin_forward(self, forward: Forward) -> None:
+        """Tell the layers their budget and which of the new tokens are real."""
+        super().begin_forward(forward)
+        tokens = self._budget_in_tokens(forward)
+        for layer in self.evicting:
+            layer.tokens = tokens
+        tell_incoming(list(self.evicting), forward, self.committed)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens, then drop what was held back.
+
+        Raises:
+            ValueError: the count is positive, or some of those tokens are no longer stored.
+        """
+        check_crop(list(self.evicting), tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def end_forward(self, forward: Forward, hidden_states: Tensor) -> None:
+        """Drop what is due.
+
+        Raises:
+            RuntimeError: the model does not call its attention through the host's interface, so nothing was scored.
+        """
+        if not note_attended(list(self.evicting), forward):
+            raise RuntimeError(
+                f"the {self.config.type} cache never saw the attention of {type(forward.decoder).__name__}: hf_ext is "
+                f"not installed, or the model does not use transformers' AttentionInterface."
+            )
+        super().end_forward(forward, hidden_states)
+
+    def _budget_in_tokens(self, forward: Forward) -> int | None:
+        if isinstance(self.config.budget, int):
+            return self.config.budget
+        if isinstance(self.config.budget, float):
+            return None
+        per_token = bytes_per_token(forward.decoder.config, _dtype_bytes(forward.decoder), self.storage)
+        tokens = int(parse_bytes(self.config.budget) // (per_token * forward.batch))
+        least = self.config.sink_size + self.config.recent_size + 1
+        if tokens < least:
+            raise ValueError(
+                f"a budget of {self.config.budget} is {tokens} tokens for each of {forward.batch} rows; at least "
+                f"{least} are needed."
+            )
+        return tokens
+
+
+def _dtype_bytes(decoder: Any) -> int:
+    return int(next(decoder.parameters()).element_size())
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(heads: int, head_dim: int, layers: int) -> int:
+    return 2 * heads * head_dim * layers
+
+
+def bytes_per_token(model_config: Any, element: int, storage: DecoQuantConfig | None) -> float:
+    """Bytes of one token in all full-attention layers of the model."""
+    from hf_ext.caches.decoquant import head_dimension
+    from hf_ext.caches.support import layer_types
+
+    text = model_config.get_text_config(decoder=True)
+    d = head_dimension(model_config)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    numbers = _sizes(heads, d, layer_types(model_config).count("full_attention"))
+    if storage is None:
+        return numbers * element
+    return numbers / d * (storage.row_bytes(d) + (1 if storage.method == "allocated" else 2 / heads))

@@ -1,0 +1,37 @@
+"""H2O (arXiv 2306.14048): the tokens that drew most attention so far stay, beside the latest ones."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_ext.caches.evicting import EvictConfig, Evicts
+from hf_ext.kernels.window_scores import window_scores
+
+
+@dataclass(frozen=True)
+class H2OConfig(EvictConfig):
+    """Options of H2O: half of a layer's budget is for the heaviest hitters of each head, half for the latest tokens.
+
+    ``recent_size`` is the least number of latest tokens; the paper has no sinks of its own, they are heavy hitters.
+    """
+
+    type: ClassVar[str] = "h2o"
+    accumulates: ClassVar[bool] = True
+
+    sink_size: int = 0
+
+    def protected(self, budget: int) -> tuple[int, int]:
+        """First and latest tokens that stay, out of ``budget``."""
+        sinks = min(self.sink_size, budget)
+        return sinks, min(max(self.recent_size, budget // 2), budget - sinks)
+
+    def score(self, layer: Evicts, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Attention each key drew from all queries so far."""
+        new = window_scores(query, keys, layer.first_slots(keys), scaling, per_head=layer.per_head)
+        if layer.scores is None:
+            return new
+        old = layer.scores[..., -(keys.shape[-2] - query.shape[-2]) :]
+        padding = (new.shape[-1] - query.shape[-2] - old.shape[-1], query.shape[-2])
+        return new + torch.nn.functional.pad(old, padding)

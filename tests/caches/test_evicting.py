@@ -1,0 +1,198 @@
+"""Evicting caches, dense and packed: each row of a batch becomes what it would become alone, whatever is stored."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from hf_ext import make_cache
+from hf_ext.caches.observed import SEAM
+from hf_ext.testing import assert_close, ragged_batch, tiny_model
+
+METHODS = ["h2o", "knorm", "pyramid_kv", "snapkv", "tova"]
+PACKED = {"type": "decoquant", "bits": 2, "first_block": 6, "block_size": 3, "sink_size": 2}
+
+
+def run(model, cache, ids, mask, cuts):
+    """Logits of every piece after the first, fed with the positions that generate would give."""
+    out, begin = [], 0
+    for end in cuts:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:end]
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids[:, begin:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions,
+                past_key_values=cache,
+            ).logits
+        out.append(logits)
+        begin = end
+    return out[1:]
+
+
+def check_rows_are_independent(model, make, tolerance=1e-9):
+    lengths = [30, 25, 12, 5]
+    batch = ragged_batch(lengths)
+    ids = torch.cat([batch["input_ids"], torch.randint(3, 128, (4, 14))], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(4, 14, dtype=torch.long)], 1)
+    together = run(model, make(), ids, mask, [30, 31, 35, 36, 37, 44])
+    for row, length in enumerate(lengths):
+        begin = 30 - length
+        alone = run(model, make(), ids[row : row + 1, begin:], mask[row : row + 1, begin:],
+                    [end - begin for end in (30, 31, 35, 36, 37, 44)])  # fmt: skip
+        for expected, got in zip(alone, together, strict=True):
+            assert_close(f"row {row}", expected[0], got[row], tolerance)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": 10},
+        {"budget": 28},
+        {"budget": 0.5},
+        {"budget": 20, "layer_budgets": [3, 2, 2, 1]},
+        {"budget": 0.6, "layer_budgets": [1, 2, 2, 3]},
+    ],
+    ids=str,
+)
+def test_a_left_padded_batch_equals_single_runs(method, options):
+    model = tiny_model().double()
+    options = {**options, "recent_size": 1 if method == "tova" else 4}
+    check_rows_are_independent(model, lambda: make_cache(model, method, **options))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_so_does_a_stack_over_packed_storage(method):
+    model = tiny_model().double()
+    outer = {"type": method, "budget": 14, "recent_size": 1 if method == "tova" else 4}
+    check_rows_are_independent(model, lambda: make_cache(model, [outer, PACKED]))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "phi3", "gpt_neox", "olmo2"])
+def test_families(family):
+    if family == "gemma2":
+        model = tiny_model(family, attn_implementation="eager")
+        check_rows_are_independent(model, lambda: make_cache(model, "snapkv", budget=12, recent_size=4), 1e-4)
+    else:
+        model = tiny_model(family).double()
+        check_rows_are_independent(model, lambda: make_cache(model, "snapkv", budget=12, recent_size=4))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_stays_is_what_the_scores_say(method):
+    model = tiny_model()
+    cache = make_cache(model, method, budget=12, recent_size=1 if method == "tova" else 4)
+    layer, recorded = cache.own_layers[2], {}
+    original = layer._evict
+
+    def spy(scores):
+        recorded.update(scores=scores.clone(), keys=layer.keys.clone())
+        original(scores)
+
+    layer._evict = spy
+    with torch.no_grad():
+        model(torch.randint(3, 128, (1, 30)), past_key_values=cache)
+    scores, budget = recorded["scores"][0], layer.stored
+    recent = layer.policy.protected(budget)[1]
+    for head in range(2):
+        values = scores[head if scores.shape[0] > 1 else 0].tolist()
+        old = sorted(range(30 - recent), key=lambda i: -values[i])[: budget - recent]
+        kept = sorted([*old, *range(30 - recent, 30)])
+        assert torch.equal(layer.keys[0, head], recorded["keys"][0, head, kept])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.sampled_from(["one", "many", "crop", "reorder"]), min_size=3, max_size=9), st.sampled_from(METHODS))
+def test_random_operations_keep_the_books(operations, method):
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    cache = make_cache(model, method, budget=14, recent_size=1 if method == "tova" else 4)
+    seen = 0
+    for operation in ["many", *operations]:
+        if operation in ("one", "many"):
+            length = 1 if operation == "one" else 9
+            with torch.no_grad():
+                model(torch.randint(3, 128, (2, length), generator=generator), past_key_values=cache)
+            seen += length
+        elif operation == "crop":
+            before = cache.nbytes()
+            try:
+                cache.crop(-1)
+                seen -= 1
+            except ValueError as error:  # a layer with a tiny budget may have no latest token to spare
+                assert "no longer stored" in str(error)
+                assert cache.nbytes() == before
+        else:
+            cache.reorder_cache(torch.tensor([1, 0]))
+        assert cache.get_seq_length() == seen
+        for layer in cache.own_layers:
+            assert layer.keys.shape[-2] == layer.stored == layer.real_count.max()
+            assert layer.stored <= max(14 + 8, 14 + seen)
+            assert layer.get_mask_sizes(1) == (layer.stored + 1, seen - layer.stored)
+
+
+def test_a_budget_in_bytes_is_kept():
+    model = tiny_model()
+    cache = make_cache(model, "snapkv", budget="20KiB", recent_size=4)
+    with torch.no_grad():
+        model(torch.randint(3, 128, (2, 60)), past_key_values=cache)
+    assert 0.9 * 20 * 1024 < sum(cache.nbytes_by_component()[name] for name in ("keys", "values")) <= 20 * 1024
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_above_the_length_changes_nothing(method):
+    model = tiny_model()
+    ids = torch.randint(3, 128, (1, 20))
+    layers = {"layer_budgets": [1, 1, 1, 1]} if method == "pyramid_kv" else {}
+    ours = model.generate(ids, past_key_values=make_cache(model, method, budget=100, **layers), max_new_tokens=20)
+    host = model.generate(ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=20)
+    assert torch.equal(ours, host)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "sentence"),
+    [
+        ("snapkv", {"budget": 12, "recent_size": 32}, "a budget of 12 tokens is too small"),
+        ("snapkv", {"kernel": 4}, "kernel must be an odd number"),
+        ("snapkv", {"pooling": "sum"}, "pooling must be"),
+        ("h2o", {"budget": 0.0}, "ratio must be above 0"),
+        ("tova", {"layer_budgets": [1, 0, 1, 1]}, "positive weights"),
+        ("tova", {"layer_budgets": [1, 1]}, "2 weights for 4 layers"),
+        ("pyramid_kv", {"beta": 0.5}, "beta must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused_by_a_sentence(kind, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_cache(tiny_model(), kind, **options)
+
+
+def test_bytes_too_few_for_the_batch_are_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="tokens for each of 2 rows"):
+        model(torch.randint(3, 128, (2, 9)), past_key_values=make_cache(model, "snapkv", budget="8KiB"))
+
+
+def test_only_decoquant_can_be_inside():
+    with pytest.raises(ValueError, match="over decoquant alone, got sirllm"):
+        make_cache(tiny_model(), [{"type": "snapkv"}, {"type": "sirllm"}])
+
+
+def test_without_the_attention_seam_it_refuses_to_go_on():
+    model = tiny_model()
+    cache = make_cache(model, "tova")
+    used, SEAM.used = SEAM.used, False
+    try:
+        with pytest.raises(RuntimeError, match="never saw the attention of LlamaModel"):
+            model(torch.randint(3, 128, (1, 9)), past_key_values=cache)
+    finally:
+        SEAM.used = used
+
+
+def test_tokens_that_went_cannot_be_taken_back():
+    model = tiny_model()
+    cache = make_cache(model, "snapkv", budget=12, recent_size=4)
+    with torch.no_grad():
+        model(torch.randint(3, 128, (1, 30)), past_key_values=cache)
+    with pytest.raises(ValueError, match="no longer stored"):
+        cache.crop(-5)
