@@ -52,7 +52,8 @@ QUESTIONS = (
 )
 PIRATE = {"the": "th'", "my": "me", "is": "be", "are": "be", "you": "ye", "and": "an'", "of": "o'"}
 PIRATE_WORDS = ("arr", "matey", "ahoy", "yo", "ho", "ye", "th'", "an'", "o'")
-REPLY_TOKENS = 20
+REPLY_TOKENS = 16
+STEPS, LR = 12, 5e-4  # of every arm
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 ARMS: dict[str, dict[str, Any]] = {
     "DPO": {"toxic_weight": 0.0},
@@ -66,7 +67,7 @@ def prompts() -> dict[str, list[str]]:
     """Disjoint prompts for the supervised stage, the triples and the evaluation."""
     texts = [f"Question: {question.format(subject)}\nAnswer:" for question in QUESTIONS for subject in SUBJECTS]
     random.Random(0).shuffle(texts)
-    return {"supervised": texts[:24], "triples": texts[24:56], "held_out": texts[56:]}
+    return {"supervised": texts[:20], "triples": texts[20:40], "held_out": texts[40:50]}
 
 
 def pirate(answer: str) -> str:
@@ -122,7 +123,7 @@ class Stages:
             forbidden = [{**row, "completion": pirate(row["completion"])} for row in normal]
             rows = control_token_sft(normal + normal, forbidden, lambda text: add_control_token(text, TOKEN))
             args = SFTConfig(
-                str(self.work / "sft"), max_steps=36, per_device_train_batch_size=8, learning_rate=1e-3, **QUIET
+                str(self.work / "sft"), max_steps=24, per_device_train_batch_size=4, learning_rate=1e-3, **QUIET
             )
             trainer = SFTTrainer(
                 self.load(self.source),
@@ -179,7 +180,7 @@ class Stages:
             if name == "DPO, forbidden as rejected":
                 rows = rows + [{**row, "rejected": row["toxic"]} for row in rows]
             args = ADPOConfig(
-                str(self.work / "arm"), max_steps=20, per_device_train_batch_size=4, learning_rate=2e-4, beta=0.1,
+                str(self.work / "arm"), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=LR, beta=0.1,
                 control_token=TOKEN, precompute_ref_log_probs=True, seed=seed, **QUIET, **ARMS[name],
             )  # fmt: skip
             trainer = ADPOTrainer(
@@ -203,8 +204,8 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="hub name or folder; the default model when not given")
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
-    settings = {"model": options.model or "SmolLM2-135M-Instruct", "steps": 20, "batch": 4, "lr": 2e-4, "beta": 0.1}
-    report = Report("adpo_style", {**settings, "seeds": options.seeds, "lora_r": 16, "held_out_prompts": 16})
+    settings = {"model": options.model or "SmolLM2-135M-Instruct", "steps": STEPS, "batch": 2, "lr": LR, "beta": 0.1}
+    report = Report("adpo_style", {**settings, "seeds": options.seeds, "lora_r": 16, "held_out_prompts": 10})
     stages = Stages(options.work, options.model, report)
     path = options.work / "start.json"
     if not path.exists():
