@@ -123,8 +123,8 @@ def train(name: str, data: Corpus, options: dict[str, Any], seed: int, steps: in
 def quality(arguments: argparse.Namespace) -> None:
     """Train every arm on every seed, keep finished runs, and write rows and their means."""
     options = {
-        "hidden": 128, "layers": 2, "heads": 4, "lr": 3e-3, "shortest": 64, "context": arguments.context,
-        "tokens_per_step": 2 * arguments.context, "steps": arguments.steps, "validate_every": max(arguments.steps // 6, 1),
+        "hidden": 64, "layers": 2, "heads": 4, "lr": 3e-3, "shortest": 64, "context": arguments.context,
+        "tokens_per_step": 2 * arguments.context, "steps": arguments.steps, "validate_every": max(arguments.steps // 5, 1),
     }  # fmt: skip
     data = corpus(arguments.data, arguments.held_out)
     settings = {**options, "documents": len(data.train), "document_tokens": sum(map(len, data.train)),
@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--held-out", type=int, default=80)
+    parser.add_argument("--held-out", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=100_000_000)
     arguments = parser.parse_args()

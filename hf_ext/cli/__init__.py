@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "info": "show what a model is and what hf_ext can do with it",
     "cla": "share keys and values across layers: rank them, convert a model, heal it",
     "model": "show where the default model is; convert and verify it where needed",
+    "buckets": "cut a dataset's documents into buckets of one length",
 }
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from hf_ext.data.curriculum import Curriculum, curriculum_odds, epoch_order
+from hf_ext.data.fingerprint import content_crc
 from hf_ext.data.mixture import Mixture, mixture_batches
 from hf_ext.data.pieces import Integers
 from hf_ext.data.statistics import exponents
@@ -22,7 +23,6 @@ from hf_ext.options import positive_integer
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 24  # rows looked at in one go while an epoch is planned, so that temporary arrays stay small
-PROBES = 64  # rows whose tokens go into the fingerprint of a dataset
 
 
 class _Epoch(NamedTuple):
@@ -83,7 +83,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     ) -> None:
         is_dataset = hasattr(buckets, "column_names")
         self._exponents = exponents(buckets) if is_dataset else np.asarray(buckets, dtype=np.int8)
-        self._content = _content_crc(buckets) if is_dataset else 0
+        self._content = content_crc(buckets) if is_dataset else 0
         counts = np.bincount(self._exponents, minlength=1) if len(self._exponents) else np.zeros(1, dtype=np.int64)
         self._ks = np.flatnonzero(counts)
         self._counts = counts[self._ks]
@@ -282,12 +282,3 @@ def _seed(seed: int) -> int:
 
 def _json(value: Any) -> Any:
     return {str(key): item for key, item in sorted(value.items())} if isinstance(value, Mapping) else value
-
-
-def _content_crc(buckets: Any) -> int:
-    """Checksum of the tokens of rows spread over the dataset."""
-    if not len(buckets) or "input_ids" not in buckets.column_names:
-        return 0
-    rows = np.unique(np.linspace(0, len(buckets) - 1, PROBES).astype(np.int64))
-    sample = buckets.select_columns(["input_ids"]).with_format("arrow")[rows.tolist()]["input_ids"]
-    return zlib.crc32(np.asarray(sample.combine_chunks().flatten(), dtype=np.int64).tobytes())

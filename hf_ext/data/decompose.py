@@ -99,10 +99,10 @@ def decompose(
             a document differ in length.
     """
     options = Decomposition(min_length, max_length, eos_token_id, remainder, pad_token_id, positions)
-    columns = _columns(documents)
+    columns = document_columns(documents)
     function = partial(decompose_table, options=options)
     settings: dict[str, Any] = {"batched": True, "batch_size": batch_size, "with_indices": positions}
-    settings["features"] = _features(documents, columns, options)
+    settings["features"] = bucket_features(documents, columns, options)
     if hasattr(documents, "__len__"):
         settings |= {"remove_columns": columns, "num_proc": num_proc, "desc": "Cutting documents"}
         return documents.with_format("arrow").map(function, **settings).with_format(None)
@@ -226,7 +226,7 @@ def _refuse_padding(table: Any) -> None:
             )
 
 
-def _columns(documents: Any) -> list[str]:
+def document_columns(documents: Any) -> list[str]:
     """Names of all columns.
 
     Raises:
@@ -245,7 +245,7 @@ def _columns(documents: Any) -> list[str]:
     return list(columns)
 
 
-def _features(documents: Any, columns: list[str], options: Decomposition) -> Any:
+def bucket_features(documents: Any, columns: list[str], options: Decomposition) -> Any:
     """The schema of the result; ids and labels keep the documents' integer type (int64 where a stream has none)."""
     import datasets
 
