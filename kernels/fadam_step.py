@@ -35,6 +35,7 @@ from torch import Tensor
 #   rms_max   eps max(1, RMS(g))         a later change of a community port, not in the paper
 EPS_MODES = ("fixed", "min_eps2", "rms_min", "rms_max")
 EPS_FLOOR = 1e-30
+RMS_CEILING = 1e38  # squares of larger float32 gradients overflow; 0 * inf must not become NaN
 
 Scalar = float | Tensor  # a Python number, or a 0-dim tensor where reading it would stall the device or the compiler
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -96,7 +97,7 @@ def fadam_step(
         steps: number ``t`` of this step for each tensor, from 1; 0-dim tensors if ``options.capturable``.
         options: what the tensors share.
         path: ``"fused"``, ``"foreach"``, ``"loop"``; None picks the fastest for the device: fused on CPU where its
-            kernel can be built and takes the dtype, foreach on accelerators, else the loop.
+            kernel can be built and takes the dtype, foreach on accelerators and for shards, else the loop.
         totals: where the tensors are shards, the number of elements of each whole tensor.
         reduce: where the tensors are shards, adds up a tensor of sums over them and returns it; called equally often
             by every process.
@@ -105,15 +106,13 @@ def fadam_step(
         ValueError: ``path`` is not one of the three.
         RuntimeError: the fused kernel was asked for and cannot be had.
     """
-    from hf_ext.kernels.fadam_step_cpu import fadam_step_fused, why_not_fused
+    from hf_ext.kernels.fadam_step_cpu import fadam_step_fused
     from hf_ext.kernels.fadam_step_foreach import fadam_step_foreach
 
     if not params:
         return
     if path is None:
-        path = "loop" if params[0].is_cpu else "foreach"
-        if params[0].is_cpu and not why_not_fused(params, momenta, fishers, options):
-            path = "fused"
+        path = _fastest(params, momenta, fishers, options, sharded=reduce is not None)
     totals = [p.numel() for p in params] if totals is None else totals
     if path == "loop":
         for x, g, m, f, step, total in zip(params, grads, momenta, fishers, steps, totals, strict=True):
@@ -192,7 +191,7 @@ def stabiliser(options: FAdamOptions, rms_grad: Scalar) -> Scalar:
     elif mode == "rms_min":
         base = where(rms_grad > 0, at_most(rms_grad, 1.0) * eps, eps)
     elif mode == "rms_max":
-        base = where(rms_grad > 1, eps * rms_grad, eps)
+        base = where(rms_grad > 1, at_most(rms_grad, RMS_CEILING) * eps, eps)
     power: Scalar = base ** (2 * options.p)
     return power.clamp(min=EPS_FLOOR) if isinstance(power, Tensor) else max(power, EPS_FLOOR)
 
@@ -214,6 +213,15 @@ def at_most(value: Scalar, bound: float) -> Scalar:
     return value.clamp(max=bound) if isinstance(value, Tensor) else min(value, bound)
 
 
+def _fastest(params: Tensors, momenta: Tensors, fishers: Tensors, options: FAdamOptions, sharded: bool) -> str:
+    """The path for the device; for shards one that does not depend on what this process holds."""
+    from hf_ext.kernels.fadam_step_cpu import why_not_fused
+
+    if sharded or not params[0].is_cpu:
+        return "foreach"
+    return "loop" if why_not_fused(params, momenta, fishers, options) else "fused"
+
+
 def _rms(tensor: Tensor, total: int, reduce: Reduce | None, numbers: bool) -> Scalar:
     if numbers:
         flat = tensor.flatten()
@@ -227,13 +235,13 @@ def _rms(tensor: Tensor, total: int, reduce: Reduce | None, numbers: bool) -> Sc
 
 def _touched(rms_grad: Scalar, fisher: Tensor, reduce: Reduce | None) -> Scalar:
     """1, or 0 for a tensor whose gradient has always been exactly zero."""
-    if reduce is None and not isinstance(rms_grad, Tensor) and rms_grad > 0:
+    if reduce is None and not isinstance(rms_grad, Tensor) and rms_grad != 0:
         return 1.0
-    largest = fisher.sum()
-    largest = reduce(largest) if reduce is not None else largest
+    total = fisher.sum()
+    total = reduce(total) if reduce is not None else total
     if isinstance(rms_grad, Tensor):
-        return ((rms_grad > 0) | (largest > 0)).to(fisher.dtype)
-    return float(rms_grad > 0 or largest.item() > 0)
+        return ((rms_grad != 0) | (total != 0)).to(fisher.dtype)
+    return float(rms_grad != 0 or total.item() != 0)
 
 
 def _add(to: Tensor, tensor: Tensor, factor: Scalar) -> None:

@@ -70,7 +70,7 @@ double stabiliser(const FAdamOptions& o, double rms) {
   double eps = o.eps;
   if (rms > 0 && o.eps_mode == MIN_EPS2) eps = std::min(o.eps, o.eps2 * rms);
   if (rms > 0 && o.eps_mode == RMS_MIN) eps = o.eps * std::min(1.0, rms);
-  if (o.eps_mode == RMS_MAX) eps = o.eps * std::max(1.0, rms);
+  if (o.eps_mode == RMS_MAX) eps = o.eps * std::clamp(rms, 1.0, 1e38);  // 0 * inf is not a number
   return std::max(std::pow(eps, 2 * o.p), o.eps_floor);
 }
 

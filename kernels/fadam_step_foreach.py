@@ -99,7 +99,7 @@ def _decay(
     decay = torch._foreach_div(xs, scales)
     sums = torch.stack([fisher.sum() for fisher in fishers])
     sums = sums if reduce is None else reduce(sums)
-    touched = ((rms_grad > 0) | (sums > 0)).to(rms_grad.dtype)
+    touched = ((rms_grad != 0) | (sums != 0)).to(rms_grad.dtype)
     factors = options.weight_decay * _shrink(rms(decay), options.clip) * touched
     torch._foreach_mul_(decay, factors.unbind())
     if math.isfinite(options.decay_cap):

@@ -45,7 +45,7 @@ def local_grad(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def sum_over_shards(sharding: Sharding) -> Callable[[Tensor], Tensor]:
-    """The function that adds up a tensor of sums over all shards, in place."""
+    """The function that adds up a tensor of sums over all shards and returns it."""
     return functools.partial(_all_reduce, sharding)
 
 
@@ -80,6 +80,7 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 def _all_reduce(sharding: Sharding, sums: Tensor) -> Tensor:
     mesh, dimensions = sharding
+    there = sums.to(mesh.device_type)  # with parameters offloaded to CPU the group may know the accelerator only
     for dimension in dimensions:
-        torch.distributed.all_reduce(sums, group=mesh.get_group(dimension))
-    return sums
+        torch.distributed.all_reduce(there, group=mesh.get_group(dimension))
+    return there.to(sums.device)
