@@ -37,7 +37,11 @@ LATEST = 33  # readings of the clock that the time per token at a mark comes fro
 
 
 def caches(budget: int, decay: float = 1.0) -> dict[str, Any]:
-    """The configs to compare, all with ``budget`` tokens per row; None is the host's full cache."""
+    """The configs to compare, all with ``budget`` tokens per row; None is the host's full cache.
+
+    ``sirllm`` shares its budget between memory and recent window, ``sirllm_r0`` has no recent window as in the paper,
+    and ``sirllm_repo`` is that with the entropy of the released code.
+    """
     rest = budget - SINKS
     block = min(64, rest // 4)
     half = {"memory_size": rest // 2, "recent_size": rest - rest // 2, "decay": decay, "block_size": block}
@@ -46,8 +50,8 @@ def caches(budget: int, decay: float = 1.0) -> dict[str, Any]:
         "full": None,
         "sink_window": SinkWindowConfig(window_size=rest, block_size=block),
         "sirllm": SirLLMConfig(**half),
-        "sirllm, no recent window (paper)": SirLLMConfig(**whole),
-        "sirllm, released code's entropy": SirLLMConfig(**whole, repo_compat=True),
+        "sirllm_r0": SirLLMConfig(**whole),
+        "sirllm_repo": SirLLMConfig(**whole, repo_compat=True),
     }
 
 
@@ -143,7 +147,7 @@ def read_rows(folder: Path, name: str) -> dict[int, dict[str, Any]]:
 
 def state_path(folder: Path, name: str, tokens: int) -> Path:
     """Where the state of a cache after so many tokens lies between tasks."""
-    return folder / f"{name.split(',')[0]}-{len(name)}-{tokens}.safetensors"
+    return folder / f"{name}-{tokens}.safetensors"
 
 
 @torch.inference_mode()
@@ -193,22 +197,41 @@ def run_choices(model: Any, tokenizer: Any, options: argparse.Namespace) -> None
         {"budgets": options.budgets, "decay": options.decay, "data": "--data"},
     )
     for name, budget, config in arms(options):
-        start, hits, seen = time.time(), [], 0
-        for turns in tqdm(dialogues, unit="dialogue", mininterval=30):
+        record = Record(options.states, f"{options.task}-{name}-{budget}-{options.decay}")
+        for turns in tqdm(dialogues[len(record.hits) :], unit="dialogue", mininterval=30):
             dialogue = Dialogue(model, tokenizer, new_cache(model, config))
-            hits += [right for _, right in play_choices(dialogue, turns, scored)]
-            seen += dialogue.cache.get_seq_length()
+            hits = [int(right) for _, right in play_choices(dialogue, turns, scored)]
+            record.add(hits, dialogue.cache.get_seq_length())
+        hits = [hit for dialogue in record.hits[: len(dialogues)] for hit in dialogue]
         report.row(
             cache=name,
             budget=budget,
             right=sum(hits),
             questions=len(hits),
             accuracy=sum(hits) / len(hits),
-            tokens_per_dialogue=seen // len(dialogues),
-            seconds=round(time.time() - start),
-            hits="".join(str(int(hit)) for hit in hits),
+            tokens_per_dialogue=sum(record.tokens) // len(record.tokens),
+            hits="".join(map(str, hits)),
         )
         report.save()
+
+
+class Record:
+    """Hits and lengths of the dialogues done so far, kept in a file so that an interrupted run goes on."""
+
+    def __init__(self, folder: Path | None, name: str) -> None:
+        self.path = None if folder is None else folder / f"{name}.json"
+        self.hits: list[list[int]] = []
+        self.tokens: list[int] = []
+        if self.path is not None and self.path.is_file():
+            self.hits, self.tokens = json.loads(self.path.read_text())
+
+    def add(self, hits: list[int], tokens: int) -> None:
+        """Note one more dialogue."""
+        self.hits.append(hits)
+        self.tokens.append(tokens)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps([self.hits, self.tokens]))
 
 
 def run_games(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
@@ -254,7 +277,7 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--model", help="hub name or folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--text", type=Path, help="text file of a stream")
-    parser.add_argument("--states", type=Path, help="folder for the states between 'stream' and 'speed'")
+    parser.add_argument("--states", type=Path, help="folder to keep progress and states in")
     parser.add_argument("--data", type=Path, nargs="+", help="JSON lines of a recall task")
     parser.add_argument("--caches", nargs="+", help="only these")
     parser.add_argument("--budget", type=int, default=1024, help="tokens stored, of a stream")
