@@ -1,0 +1,43 @@
+"""Packed and evicting caches under Cross-Layer Attention: consumers read the producer's packed keys."""
+
+import pytest
+import torch
+
+from hf_ext import HfExtConfig, make_cache
+from hf_ext.testing import assert_close, ragged_batch, tiny_config
+
+PACKED = {"type": "decoquant", "bits": 8, "first_block": 8, "block_size": 3, "sink_size": 2}
+
+
+def cla_model():
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = tiny_config()
+    config.hf_ext = HfExtConfig(cla={"sharing_factor": 2})
+    return AutoModelForCausalLM.from_config(config).eval().double()
+
+
+@pytest.mark.parametrize("stack", [[PACKED], [{"type": "snapkv", "budget": 12, "recent_size": 4}],
+                                   [{"type": "snapkv", "budget": 12, "recent_size": 4}, PACKED],
+                                   [{"type": "tova", "budget": 12}]], ids=str)  # fmt: skip
+def test_rows_are_independent_and_half_the_layers_store(stack):
+    model = cla_model()
+    batch = ragged_batch([20, 9])
+    cache = make_cache(model, stack)
+    out = model.generate(**batch, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    alone = make_cache(model, stack)
+    single = model.generate(
+        batch["input_ids"][1:, -9:], past_key_values=alone, max_new_tokens=6, do_sample=False, use_cache=True
+    )
+    assert torch.equal(out[1, -len(single[0]) + 9 :], single[0, 9:])
+    assert len(cache.own_layers) == 2
+
+
+def test_a_packed_cache_comes_close_to_the_dense_one():
+    model, ids = cla_model(), torch.randint(3, 128, (1, 60))
+    with torch.no_grad():
+        expected = model(ids).logits[:, 50:]
+        cache = make_cache(model, [PACKED])
+        model(ids[:, :50], past_key_values=cache)
+        assert_close("logits", expected, model(ids[:, 50:], past_key_values=cache).logits, 0.05)
