@@ -21,7 +21,7 @@ from hf_ext.trainers.adpo_rows import TOXIC_COLUMNS, split_prompt, tokenize_toxi
 from hf_ext.trainers.losses import adpo_joint_reference, adpo_toxic_term, cap_toxic_logratio
 from hf_ext.trainers.preference_base import PreferenceTrainer
 from hf_ext.trainers.preference_checks import REFERENCE_ADAPTER, check_completions
-from hf_ext.trainers.preference_collator import TOKENS, TOXIC_REFERENCE, TripleCollator
+from hf_ext.trainers.preference_collator import TOKENS, TOXIC_REFERENCE, TripleCollator, widen
 from hf_ext.trainers.preference_scoring import completion_logps
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,21 @@ class ADPOTrainer(PreferenceTrainer):
 
     def _toxic_reference(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Log-probabilities ``[N]`` of the toxic responses under the reference, read with the control token."""
-        rows = {name: inputs[f"control_{name}"] for name in TOKENS}
+        return self._score_reference(model, {name: inputs[f"control_{name}"] for name in TOKENS})
+
+    def _all_references(self, inputs: dict[str, Any], pair: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Reference log-probabilities of chosen ``[B]``, rejected ``[B]`` and toxic ``[N]`` in one forward."""
+        width = max(pair["input_ids"].size(1), inputs["control_input_ids"].size(1))
+        rows = {}
+        for name in TOKENS:
+            value = self._tokenizer.pad_token_id if name == "input_ids" else 0
+            parts = (pair[name], inputs[f"control_{name}"])
+            rows[name] = torch.cat([widen(part, width, value) for part in parts])
+        logps = self._score_reference(self.ref_model or self.model, rows)
+        chosen, rejected = logps[: len(pair["input_ids"])].chunk(2)
+        return chosen, rejected, logps[len(pair["input_ids"]) :]
+
+    def _score_reference(self, model: Any, rows: dict[str, Any]) -> Tensor:
         adapter: Any = contextlib.nullcontext()
         policy = self.accelerator.unwrap_model(self.model)
         if self.ref_model is None and hasattr(policy, "peft_config"):
@@ -176,14 +190,12 @@ class ADPOTrainer(PreferenceTrainer):
         pair = _pair_inputs(inputs)
         forward = _OneForward(model, inputs)
         toxic_logps = forward.logps[_pair_rows(inputs) :]
-        reference = inputs.get(TOXIC_REFERENCE)
-        if reference is None:
-            reference = self._toxic_reference(self.ref_model or self.model, inputs)
+        if self.precompute_ref_logps:
+            reference = inputs[TOXIC_REFERENCE]
+        else:
+            pair["ref_chosen_logps"], pair["ref_rejected_logps"], reference = self._all_references(inputs, pair)
         self._check_token(toxic_logps, reference)
         toxic = cap_toxic_logratio(toxic_logps - reference, self.args.toxic_margin)
-        if not self.precompute_ref_logps:
-            chosen, rejected = super().compute_ref_log_probs(self.ref_model or self.model, pair)
-            pair.update(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
         result = self._pair_loss(forward, pair, toxic, inputs["toxic_examples"], return_outputs)
         preference, outputs = result if return_outputs else (result, None)
         chosen_ratio = (forward.logps[: len(pair["ref_chosen_logps"])] - pair["ref_chosen_logps"])[

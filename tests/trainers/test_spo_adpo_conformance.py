@@ -93,8 +93,18 @@ def bitsandbytes_base(preference):
     return AutoModelForCausalLM.from_pretrained(preference.folder(1, 64), quantization_config=config)  # 64: one block
 
 
+def reallm_config():
+    from hf_ext.quant.config import ReALLMConfig
+
+    return ReALLMConfig(bits=4, rank=2)
+
+
+def reallm_base(preference):
+    return AutoModelForCausalLM.from_pretrained(preference.folder(1, 64), quantization_config=reallm_config())
+
+
 # A quantised base and how to build it; the trainers see nothing of the kind of quantiser.
-QUANTIZED = {"int8 linear": int8_base, "bitsandbytes 4-bit": bitsandbytes_base}
+QUANTIZED = {"int8 linear": int8_base, "bitsandbytes 4-bit": bitsandbytes_base, "ReALLM": reallm_base}
 
 # Usage -> changes to (model, arguments, trainer options, dataset); each a function of the fixtures where it must be.
 USAGES = {
@@ -108,6 +118,7 @@ USAGES = {
         f"quantised base, {name}": {"model": lambda p, base=base: get_peft_model(base(p), LORA)}
         for name, base in QUANTIZED.items()
     },
+    "quantised from a path": {"kwargs": lambda p: {"quantization_config": reallm_config(), "peft_config": LORA}},
     "conversational": {"data": messages},
     "implicit prompt": {"data": implicit},
     "streaming": {"data": lambda rows: rows.to_iterable_dataset()},
