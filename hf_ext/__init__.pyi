@@ -19,6 +19,8 @@ from .patches.cla_convert import convert_to_cla as convert_to_cla
 from .patches.install import install as install
 from .patches.install import uninstall as uninstall
 from .quant.config import ReALLMConfig as ReALLMConfig
+from .quant.distill import DistillOptions as DistillOptions
+from .quant.distill import distill as distill
 from .quant.linear import ReALLMLinear as ReALLMLinear
 from .trainers.bucketed_config import BucketedArguments as BucketedArguments
 from .trainers.bucketed_config import BucketedTrainingArguments as BucketedTrainingArguments

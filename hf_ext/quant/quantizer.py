@@ -13,10 +13,10 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from hf_ext.quant.config import ReALLMConfig
+from hf_ext.quant.config import METHOD, ReALLMConfig
 from hf_ext.quant.integrity import CHECKSUMS, checksums, verify_checkpoint
 from hf_ext.quant.linear import ReALLMLinear, quantized_layers
-from hf_ext.quant.quantize import linear_names, quantize_model
+from hf_ext.quant.quantize import Progress, linear_names, quantize_model
 from hf_ext.quant.solve import solve
 
 logger = logging.get_logger(__name__)
@@ -130,6 +130,24 @@ class SolveMatrix(ConversionOps):
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
+
+
+def quantize_in_place(model: Any, config: ReALLMConfig, progress: Progress | None = None) -> dict[str, float]:
+    """Quantise a model that is loaded already, so that it saves itself as one loaded with ``config`` would.
+
+    Returns:
+        The relative error of each layer.
+
+    Raises:
+        ValueError: what `quantize_model` raises, or the model is quantised already.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"This model is quantised already ({model.hf_quantizer.quantization_config.quant_method}).")
+    errors = quantize_model(model, config, progress=progress)
+    model.hf_quantizer = ReALLMQuantizer(config, pre_quantized=False)
+    model.is_quantized, model.quantization_method, model.config._is_quantized = True, METHOD, True
+    mark_quantized(model, config)
+    return errors
 
 
 def mark_quantized(model: Any, config: ReALLMConfig | None) -> None:

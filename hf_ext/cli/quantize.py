@@ -1,0 +1,177 @@
+"""``hf-ext quantize MODEL --bits 3 --out DIR``: a ReALLM model, with a report of what it costs and what it lost."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hf_ext.cli.common import add_model_arguments, console, load, read_text
+
+OPTIONS = (
+    "bits",
+    "budget",
+    "rank",
+    "preset",
+    "decoder",
+    "low_rank_bits",
+    "calibration",
+    "windows",
+    "window_length",
+    "seed",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder to make; it appears when everything is done"
+    )
+    parser.add_argument("--bits", type=float, default=3, help="code bits per weight (default: %(default)g)")
+    parser.add_argument("--budget", type=float, help="bits per weight of all parts; a plan then chooses every shape")
+    parser.add_argument("--rank", type=int, help="rank of the low-rank term (default: by the size of the matrix)")
+    parser.add_argument("--preset", choices=("fast", "quality"), default="fast", help="(default: %(default)s)")
+    parser.add_argument("--decoder", choices=("identity", "pointwise", "context"), default="identity")
+    parser.add_argument("--low-rank-bits", type=int, choices=(8, 16, 32), default=16)
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="text to calibrate on, or a folder of *.txt (default: none)"
+    )
+    parser.add_argument("--windows", type=int, help="windows of it (default: the preset's)")
+    parser.add_argument("--window-length", type=int, default=1024, help="tokens in each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", metavar="FILE", help="measure perplexity on this text before and after")
+    parser.add_argument(
+        "--text-windows", type=int, default=4, metavar="N", help="windows of it (default: %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Quantise, save, report."""
+    out = Path(arguments.out)
+    if out.exists():
+        raise ValueError(f"{out} exists already; give a folder that does not.")
+    from hf_ext.quant.config import ReALLMConfig
+    from hf_ext.quant.integrity import bits_on_disk
+    from hf_ext.quant.quantize import Progress
+    from hf_ext.quant.quantizer import quantize_in_place
+
+    settings = {name: getattr(arguments, name) for name in OPTIONS}
+    text = None if arguments.text is None else read_text(arguments.text, "utf-8")
+    config = ReALLMConfig(**settings)
+    work = _workplace(out, {"model": arguments.model, "dtype": arguments.dtype, **settings})
+    model, config.tokenizer = load(arguments)
+    before = _perplexity(model, config.tokenizer, text, arguments.text_windows)
+    began = time.perf_counter()
+    errors = quantize_in_place(model, config, Progress(folder=work / "layers", show=sys.stderr.isatty()))
+    seconds = time.perf_counter() - began
+    after = _perplexity(model, config.tokenizer, text, arguments.text_windows)
+    model.save_pretrained(work / "model")
+    config.tokenizer.save_pretrained(work / "model")
+    report: dict[str, Any] = {
+        "settings": settings,
+        "seconds": round(seconds, 1),
+        "bits": bits_on_disk(work / "model"),
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "layers": _rows(model, errors),
+    }
+    _write_report(work / "model", report)
+    (work / "model").replace(out)
+    shutil.rmtree(work)
+    linear, whole = report["bits"]["linear"], report["bits"]["whole_file"]
+    told = f"{out}: {linear:.3f} bits a weight in the linear layers, {whole:.3f} in the whole file"
+    console().print(f"{told}; report in {out / 'report.md'}")
+    return 0
+
+
+def _workplace(out: Path, settings: dict[str, Any]) -> Path:
+    """Where unfinished work is kept, ``DIR.unfinished``; another run's is not taken over.
+
+    Raises:
+        ValueError: it belongs to a run with other settings.
+    """
+    work = out.with_name(out.name + ".unfinished")
+    record = work / "settings.json"
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != settings:
+        raise ValueError(f"{work} was begun with other settings; finish that run, or remove the folder.")
+    work.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings), encoding="utf-8")
+    shutil.rmtree(work / "model", ignore_errors=True)
+    return work
+
+
+def _perplexity(model: Any, tokenizer: Any, text: str | None, windows: int) -> float | None:
+    if text is None:
+        return None
+    from hf_ext.evaluation import perplexity, tokenize
+
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
+    ids = tokenize(tokenizer, text)
+    return perplexity(model, ids, min(2048, longest, ids.numel()), max_windows=windows).perplexity
+
+
+def _rows(model: Any, errors: dict[str, float]) -> list[dict[str, Any]]:
+    """What every layer became."""
+    from hf_ext.quant.linear import quantized_layers
+
+    return [
+        {
+            "layer": name,
+            "size": f"{layer.out_features} x {layer.in_features}",
+            "code_bits": layer.shape.code_bits,
+            "vector_size": layer.shape.vector_size,
+            "rank": layer.shape.rank,
+            "bits": round(layer.shape.bits_per_weight(layer.out_features, layer.in_features), 3),
+            "error": errors[name],
+        }
+        for name, layer in quantized_layers(model).items()
+    ]
+
+
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
+    """``report.json``, ``report.md`` and, with matplotlib, ``report.png``."""
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    bits, rows = report["bits"], report["layers"]
+    lines = [
+        "# Quantised with ReALLM",
+        "",
+        f"- {bits['linear']:.3f} bits a weight in the linear layers, {bits['whole_file']:.3f} in the whole file "
+        f"({bits['file_bytes'] / 2**20:.1f} MiB), from the bytes on disk",
+        f"- quantised in {report['seconds']:.0f} s",
+    ]
+    if report["perplexity_before"] is not None:
+        lines.append(f"- perplexity {report['perplexity_before']:.3f} before, {report['perplexity_after']:.3f} after")
+    lines += [f"- `{name}`: {value}" for name, value in report["settings"].items()]
+    lines += [
+        "",
+        "| layer | size | bits per code | weights per code | rank | bits a weight | error |",
+        "|" + "---|" * 7,
+    ]
+    lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
+    lines += ["", "The error is the loss on the layer's outputs relative to having no weight at all.", ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    _plot(folder / "report.png", rows)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    error, bits = figure.subplots(2, sharex=True)
+    for kind in dict.fromkeys(row["layer"].rpartition(".")[2] for row in rows):
+        mine = [(at, row) for at, row in enumerate(rows) if row["layer"].endswith(f".{kind}")]
+        error.plot([at for at, _ in mine], [row["error"] for _, row in mine], ".-", label=kind, linewidth=0.7)
+        bits.plot([at for at, _ in mine], [row["bits"] for _, row in mine], ".", label=kind)
+    error.set(ylabel="relative error", yscale="log")
+    error.legend(ncols=7, fontsize="small")
+    bits.set(xlabel="layer, in the order of the model", ylabel="bits a weight")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_ext.quant.quantize as module
+from hf_ext.cli import main
+from hf_ext.quant.linear import quantized_layers
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("It was the best of times, it was the worst of times. " * 60)
+    return path
+
+
+def arguments(folder, tmp_path, text, *more):
+    calibration = ["--calibration", str(text), "--windows", "4", "--window-length", "64"]
+    return ["quantize", str(folder), "--out", str(tmp_path / "out"), *calibration, *more]
+
+
+def test_it_quantises_and_reports(folder, tmp_path, text, capsys):
+    assert main(arguments(folder, tmp_path, text, "--budget", "6.5", "--text", str(text), "--text-windows", "1")) == 0
+    assert "bits a weight in the linear layers" in capsys.readouterr().out
+    out = tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    report = json.loads((out / "report.json").read_text())
+    assert len(quantized_layers(model)) == len(report["layers"]) == 28
+    assert report["bits"]["linear"] <= 6.5
+    assert report["perplexity_before"] > 1 and report["perplexity_after"] > 1
+    page = (out / "report.md").read_text()
+    assert f"{report['bits']['linear']:.3f} bits a weight" in page and "| model.layers.3.mlp.down_proj |" in page
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_an_interrupted_run_goes_on(folder, tmp_path, text, monkeypatch):
+    solved, solve = [], module.solve
+
+    def counted(*args, **kwargs):
+        if len(solved) == 10:
+            raise KeyboardInterrupt
+        solved.append(1)
+        return solve(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "solve", counted)
+        assert main(arguments(folder, tmp_path, text)) == 130
+    assert not (tmp_path / "out").exists()
+    assert len(list((tmp_path / "out.unfinished" / "layers").iterdir())) == 10
+    assert main(arguments(folder, tmp_path, text, "--bits", "2")) == 1  # not the run that was begun
+    solved.clear()
+    monkeypatch.setattr(module, "solve", lambda *args, **kwargs: (solved.append(1), solve(*args, **kwargs))[1])
+    assert main(arguments(folder, tmp_path, text)) == 0
+    assert len(solved) == 18
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    other = tmp_path / "other"
+    other.mkdir()
+    assert main(arguments(folder, other, text)) == 0
+    whole = AutoModelForCausalLM.from_pretrained(other / "out")
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+
+
+def test_mistakes_end_in_a_sentence(folder, tmp_path, text, capsys):
+    (tmp_path / "out").mkdir()
+    assert main(arguments(folder, tmp_path, text)) == 1
+    assert "exists already" in capsys.readouterr().err
+    (tmp_path / "out").rmdir()
+    assert main(arguments(folder, tmp_path, text, "--bits", "11")) == 1
+    assert "bits must be a number from 1 to 8, got 11" in capsys.readouterr().err
+    assert main(arguments(folder, tmp_path, text, "--windows", "4000")) == 1
+    assert "calibration text is too short" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_model_behind(folder, tmp_path, text, monkeypatch, capsys):
+    import transformers.modeling_utils
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
+    assert main(arguments(folder, tmp_path, text)) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_ext import ReALLMConfig
+from hf_ext.quant.distill import DistillOptions, distill
+from hf_ext.quant.linear import quantized_layers
+from hf_ext.testing import tiny_model
+
+IDS = torch.randint(3, 128, (6, 24), generator=torch.Generator().manual_seed(4))
+SHORT = {"windows": 6, "window_length": 24}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("distill")
+    tiny_model().save_pretrained(path / "plain")
+    config = ReALLMConfig(bits=2, rank=4)
+    AutoModelForCausalLM.from_pretrained(path / "plain", quantization_config=config).save_pretrained(path / "base")
+    return path
+
+
+def student(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "base")
+
+
+@torch.no_grad()
+def gap(model, teacher):
+    a, b = (m(IDS).logits.log_softmax(-1) for m in (model, teacher))
+    return float((b.exp() * (b - a)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("stages", [{"block_epochs": 4, "steps": 0}, {"block_epochs": 0, "steps": 30}])
+def test_each_stage_brings_the_student_nearer_and_trains_the_low_rank_terms_alone(folder, stages):
+    model, teacher = student(folder), tiny_model()
+    before = gap(model, teacher)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    distill(model, teacher, IDS, options=DistillOptions(**stages, **SHORT, lr=5e-3, block_lr=5e-3), progress=False)
+    assert gap(model, teacher) < 0.8 * before
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == kept[name].dtype
+        assert torch.equal(tensor, kept[name]) != name.endswith(("lr_a", "lr_b")), name
+    assert all(
+        layer.decode_mode == "on_the_fly" and not layer._forward_hooks for layer in quantized_layers(model).values()
+    )
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), tiny_model().parameters(), strict=True))
+
+
+def test_the_loss_is_the_divergence(folder):
+    model, teacher = student(folder), tiny_model()
+    expected = gap(model, teacher)
+    losses = distill(
+        model, teacher, IDS, options=DistillOptions(block_epochs=0, steps=6, lr=1e-12, **SHORT), progress=False
+    )
+    assert sum(losses) / 6 == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_an_interrupted_run_goes_on_to_the_same_result(folder, tmp_path, stop, monkeypatch):
+    options = DistillOptions(block_epochs=1, steps=8, save_every=2, **SHORT)
+    whole, resumed, teacher = student(folder), student(folder), tiny_model()
+    losses = distill(whole, teacher, IDS, options=options, progress=False)
+
+    import hf_ext.quant.distill as module
+
+    calls, save = [], module._Run.save
+
+    def interrupted(run):
+        save(run)
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module._Run, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            distill(resumed, teacher, IDS, options=options, folder=tmp_path, progress=False)
+    fresh = student(folder)
+    again = distill(fresh, teacher, IDS, options=options, folder=tmp_path, progress=False)
+    assert again == pytest.approx(losses)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="use another folder"):
+        distill(student(folder), teacher, IDS, options=DistillOptions(steps=9, **SHORT), folder=tmp_path)
+
+
+def test_what_cannot_be_trained_is_refused(folder):
+    with pytest.raises(ValueError, match="has no low-rank term to train"):
+        distill(tiny_model(), tiny_model(), IDS)
+    with pytest.raises(ValueError, match=r"at least \[32, 512\]"):
+        distill(student(folder), tiny_model(), IDS)
+    with pytest.raises(ValueError, match="lr must be above 0, got 0"):
+        DistillOptions(lr=0)
+    with pytest.raises(ValueError, match="steps must be a whole number, at least 0, got -1"):
+        DistillOptions(steps=-1)
