@@ -1,6 +1,7 @@
 """FAdam beside AdamW: time and memory of a step, convergence of a small language model, a spike in the gradients.
 
     python benchmarks/fadam.py step [--peer DIR]     # DIR: a folder with pytorch_optimizer 4.1.0, to time it too
+    python benchmarks/fadam.py parity --peer DIR     # seconds
     python benchmarks/fadam.py convergence           # about ten minutes on one core; goes on where it stopped
     python benchmarks/fadam.py spike
 
@@ -40,6 +41,31 @@ SHAPES = {
         *[(256,)] * 5,
     ],
 }
+
+
+def parity(report: Report, peer: str, steps: int) -> None:
+    """Largest difference of the parameters from pytorch_optimizer 4.1.0 after some steps in float64, by path."""
+    sys.path.append(peer)
+    from pytorch_optimizer import FAdam as PeerFAdam
+
+    shapes = ((64, 32), (7,), (1,), (2, 3, 4))
+    for p, clip in ((0.5, 1.0), (0.5, 0.5), (0.5, 2.0), (1.0, 1.0)):
+        for label, path in (("loop", {"foreach": False}), ("foreach", {"foreach": True}), ("fused", {"fused": True})):
+            ours = [param.double().detach().requires_grad_() for param in _parameters(list(shapes))]
+            theirs = [param.detach().clone().requires_grad_() for param in ours]
+            options = {"weight_decay": 0.1, "clip": clip, "p": p}
+            mine = FAdam(ours, **options, **path)
+            other = PeerFAdam(theirs, **options, momentum_dtype=torch.float64, fim_dtype=torch.float64)
+            generator = torch.Generator().manual_seed(0)
+            for step in range(steps):
+                for x, y in zip(ours, theirs, strict=True):
+                    scale = 1e-3 if step % 3 else 1e-8  # both sides of the stabiliser's minimum
+                    x.grad = torch.randn(x.shape, generator=generator, dtype=x.dtype) * scale
+                    y.grad = x.grad.clone()
+                mine.step()
+                other.step()
+            difference = max((x - y).abs().max().item() for x, y in zip(ours, theirs, strict=True))
+            report.row(path=label, p=p, clip=clip, steps=steps, largest_difference=difference)
 
 
 def step_costs(report: Report, peer: str | None, repeats: int) -> None:
@@ -265,16 +291,20 @@ def _plot(curves: dict[str, list[float]], steps: int) -> None:
 def main() -> None:
     """Run one part and save its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("step", "convergence", "spike"))
+    parser.add_argument("part", choices=("parity", "step", "convergence", "spike"))
     parser.add_argument("--peer", help="a folder with pytorch_optimizer 4.1.0")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
+    if options.part == "parity" and not options.peer:
+        parser.error("parity needs --peer: a folder with pytorch_optimizer 4.1.0")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="weight_decay")  # the peer's default is compared as it is
     report = Report(f"fadam_{options.part}", vars(options) | {"peer": bool(options.peer)})
-    if options.part == "step":
+    if options.part == "parity":
+        parity(report, options.peer, options.steps)
+    elif options.part == "step":
         step_costs(report, options.peer, options.repeats)
     elif options.part == "convergence":
         convergence(report, options.steps, options.seeds)
