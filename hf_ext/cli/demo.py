@@ -136,12 +136,21 @@ def _show(out: "Console", results: "dict[str, Recall]") -> None:
         f"right once, so\npreferring a word does not help.\n",
         style="dim",
     )
-    table = Table("the model goes on by itself", *results, box=None, pad_edge=False)
+    table = Table("chosen without calibration, first version", *results, box=None, pad_edge=False)
     for index, (place, words) in enumerate(script.WORDS.items()):
-        said = [result.said[index] for result in results.values()]
-        marked = [f"[green]{word}[/green]" if word.startswith(words[0]) else f"[dim]{word}[/dim]" for word in said]
+        chosen = [int(result.scores[0, index].argmax()) for result in results.values()]
+        marked = [f"[green]{words[0]}[/green]" if choice == 0 else f"[dim]{words[choice]}[/dim]" for choice in chosen]
         table.add_row(f"{script.ANSWER.format(place=place)} [bold]{words[0]}[/bold]", *marked)
     out.print(table)
+    said = ", ".join(f"{name} {_said_right(result)}" for name, result in results.items())
+    out.print(
+        f"Going on freely, with no choices given, it says the word itself: {said} of {len(script.WORDS)}.", style="dim"
+    )
+
+
+def _said_right(result: "Recall") -> int:
+    told = [words[0] for words in script.WORDS.values()]
+    return sum(said == word for said, word in zip(result.said, told, strict=True))
 
 
 def _numbers(results: "dict[str, Recall]") -> dict[str, Any]:

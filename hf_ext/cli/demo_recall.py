@@ -156,4 +156,4 @@ def _go_on(asked: _Listener, expected: Tensor, turns: TurnFormat, tokens: int = 
         said.append(best[0])
         expected = asked.read([[token] for token in best])[:, -1]
     words = str(turns.tokenizer.decode(said, skip_special_tokens=True)).split()
-    return words[0].strip(".,") if words else ""
+    return words[0].strip(".,\"'") if words else ""
