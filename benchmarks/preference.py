@@ -91,8 +91,6 @@ def stepper(trainer: Any) -> Callable[[], None]:
     trainer.current_gradient_accumulation_steps = 1  # Trainer sets it in its loop
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
-    if hasattr(trainer, "_frozen"):  # with stored log-probabilities the frozen policies leave memory
-        trainer._frozen = trainer._frozen if not trainer.precompute_ref_logps else {}
 
     def step() -> None:
         trainer.training_step(trainer.model, dict(batch))

@@ -86,6 +86,8 @@ class SPOTrainer(PreferenceTrainer):
         if self._is_vision_dataset and not self.plan.is_dpo:
             raise ValueError("The train dataset has images; SPO beyond round 1 takes text only.")
         self._freeze(self.train_dataset)
+        if self.precompute_ref_logps:  # models have done their part; another dataset to evaluate loads them again
+            self._frozen = {k: policy for k, policy in self._frozen.items() if policy.model is None}
 
     def _prepare_arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         args = values["args"] = self._own_config(values["model"], values["args"])
@@ -109,7 +111,7 @@ class SPOTrainer(PreferenceTrainer):
             return
         model = self.accelerator.unwrap_model(self.model)
         self._base = describe_base(model, self.processing_class)
-        if self._manifest:
+        if self._manifest and self.is_world_process_zero():  # other ranks may hold no weights yet
             check_manifest(self._manifest, self._base, policy_fingerprint(model))
 
     def _freeze(self, dataset: Any) -> None:
@@ -201,8 +203,8 @@ class SPOTrainer(PreferenceTrainer):
     def _check_stored(self, dataset: Any, stored: dict[int, Any]) -> None:
         """Score two rows anew: stored columns of another model, prompt or length would train on a wrong margin."""
         k = self.plan.round_index - 1
-        if self.model.training and self.state.global_step:
-            return
+        if self.state.global_step:
+            return  # the policy has moved, and without a reference model it was its own
         rows = [dataset[i] for i in range(min(2, len(dataset)))]
         inputs = self._prepare_inputs(self.data_collator(rows))
         inputs = {name: value for name, value in inputs.items() if name not in self.passed_columns}

@@ -183,6 +183,7 @@ def test_stored_equals_online_and_a_new_multiplier_reuses_the_columns(preference
     logged = [{k: v for k, v in t.state.log_history[0].items() if k.startswith("spo/")} for t in (online, stored)]
     assert logged[0] == pytest.approx(logged[1], abs=1e-5) and len(logged[0]) == 5
     columns = stored.train_dataset.column_names
+    assert online._frozen and not stored._frozen
     assert {"prev0_chosen_logps", "prev1_rejected_logps"} <= set(columns)
     again = round_two(
         preference, tmp_path, stored.train_dataset, True, None, prev_lambda=0.3
