@@ -254,9 +254,9 @@ def _update_group(
             gs = [local_grad(x, g) for x, g in zip(xs, gs, strict=True)]
             xs, ms, fs = ([local_part(tensor) for tensor in column] for column in (xs, ms, fs))
         counts = [steps[index] for index in batch]
-        torch._foreach_add_(counts, 1)
-        numbers: list[Any] = counts if on_device else [count.item() for count in counts]
+        numbers: list[Any] = [count + 1 if on_device else count.item() + 1 for count in counts]
         fadam_step(xs, gs, ms, fs, numbers, options, path=_path(group), totals=totals, reduce=reduce)
+        torch._foreach_add_(counts, 1)
 
 
 def _options(group: dict[str, Any]) -> FAdamOptions:

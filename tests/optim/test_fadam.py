@@ -355,6 +355,17 @@ def test_capturable_keeps_the_count_on_the_device_and_refuses_the_fused_step():
         FAdam(params, capturable=True, fused=True)
 
 
+def test_impossible_fused_step_changes_nothing():
+    params = make_params(torch.float16)
+    optimizer = FAdam(params, fused=True)
+    before = [p.detach().clone() for p in params]
+    set_grads(params, 0)
+    with pytest.raises(RuntimeError, match=r"fused FAdam step is not possible here: it takes float32, bfloat16"):
+        optimizer.step()
+    assert all(torch.equal(x, y) for x, y in zip(params, before, strict=True))
+    assert all(state["step"] == 0 for state in optimizer.state.values())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
