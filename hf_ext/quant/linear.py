@@ -173,6 +173,10 @@ class ReALLMLinear(nn.Linear):
         self._forget()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave out what is computed from the parts."""
+        return {**self.__dict__, "_kernel": None, "_dense": None}
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._forget()

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -73,6 +74,15 @@ def test_loading_other_parts_is_noticed():
         kept.load_state_dict(other.state_dict())
         other.decode_mode = mode
         assert torch.equal(kept(x), other(x))
+
+
+@pytest.mark.parametrize("mode", ["on_the_fly", "once", "low_memory"])
+def test_a_layer_in_use_can_be_copied_and_pickled(mode):
+    layer, x = layer_of(SHAPES[0]), torch.randn(1, 41)
+    layer.decode_mode = mode
+    expected = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), expected) and other.qweight is not layer.qweight
 
 
 def test_the_low_rank_term_can_be_exchanged():
