@@ -48,6 +48,8 @@ def share_layers(decoder: Any, architecture: Architecture, sources: tuple[int, .
                 f"Layer {layer} cannot make its own keys and values: this model was built with a map in which it "
                 f"reads those of another layer. Use the model's own map, or one with more consumers."
             )
+    if not separate and any(INPUTS["k_proj"] in attention._modules for attention in attentions):
+        raise ValueError("This model has norms of their own for keys and values; keep separate_kv_norm=True.")
     for layer, source in enumerate(sources):
         if separate and source == layer:
             separate_norm(decoder.layers[layer], attentions[layer], architecture)

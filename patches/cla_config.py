@@ -11,6 +11,7 @@ from hf_ext.patches.config_flag import find_flags
 from hf_ext.patches.patch import Patch
 
 MODES = "kv_sharing_modes"
+COUNTED = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class LayerKind(NamedTuple):
@@ -78,9 +79,16 @@ def bytes_per_token(self: Any, dtype: torch.dtype | None = None) -> int:
     Args:
         self: the model.
         dtype: of the cache; default: the model's.
+
+    Raises:
+        ValueError: the model has layers that keep something other than keys and values.
     """
     config = self.config.get_text_config(decoder=True)
+    if not hasattr(config, "num_attention_heads") or hasattr(config, "kv_lora_rank"):
+        raise ValueError(f"kv_bytes_per_token cannot tell what a {config.model_type!r} model stores for a token.")
     kinds = layer_kinds(config)
+    if strange := sorted({kind.attention for kind in kinds} - set(COUNTED)):
+        raise ValueError(f"kv_bytes_per_token counts layers of type {', '.join(COUNTED)}; got {', '.join(strange)}.")
     modes = config.kv_sharing_modes or ["store"] * len(kinds)
     sources = [layer if mode != "reuse" else -1 for layer, mode in enumerate(modes)]
     return kv_bytes_per_token(sources, [k.kv_heads * k.head_dim for k in kinds], (dtype or self.dtype).itemsize)

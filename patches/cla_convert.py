@@ -86,7 +86,12 @@ def probe(model: Any, sources: tuple[int, ...], moments: Mapping[int, Moments] |
         model: the dense model.
         sources: the map.
         moments: from `collect_moments`, to measure ``init="fit"``.
+
+    Raises:
+        ValueError: the model's layers share already, or its architecture is not supported.
     """
+    if shared_layers(model):
+        raise ValueError("Only a dense model can be probed, and the layers of this one share already.")
     decoder = model.get_decoder()
     architecture = architecture_of(decoder, "probe")
     attentions = attentions_of(decoder, architecture)

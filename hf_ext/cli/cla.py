@@ -76,7 +76,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
     text, output = read_text(arguments.text), Path(arguments.output)
     settings = {
         "model": arguments.model or "default",
-        "text": hashlib.sha256(text.encode()).hexdigest(),
+        "text": _digest(text),
         **{name: getattr(arguments, name) for name in ("tokens", "window", "init")},
     }
     known = read_ranking(output, settings) if output.exists() else []
@@ -124,11 +124,26 @@ def run_convert(arguments: argparse.Namespace) -> int:
         assert ids is not None  # checked above
         from hf_ext.trainers.cla_heal import heal
 
+        check_work(work, {"cla": config.to_dict(), "init": init, "text": _digest(text or ""), **_healing(arguments)})
         heal(converted, model, ids, work, tokens=arguments.heal_tokens, learning_rate=arguments.learning_rate)
     save_atomically(converted, tokenizer, output)
     shutil.rmtree(work, ignore_errors=True)
     print(f"wrote {output}: {human_bytes(converted.kv_bytes_per_token())} of keys and values a token")
     return 0
+
+
+def check_work(work: Path, settings: dict[str, Any]) -> None:
+    """Begin a work folder with these settings, or see that the one there was begun with the same.
+
+    Raises:
+        ValueError: it was begun with others, so that its checkpoints belong to another conversion.
+    """
+    path, settings = work / "settings.json", json.loads(json.dumps(settings))
+    if not path.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        _write_json(path, settings)
+    elif json.loads(path.read_text()) != settings:
+        raise ValueError(f"{work} holds an unfinished conversion with other options; repeat those, or remove it.")
 
 
 def save_atomically(model: Any, tokenizer: Any, output: Path) -> None:
@@ -190,6 +205,14 @@ def _config(arguments: argparse.Namespace, model: Any) -> Any:
         budget = int(model.kv_bytes_per_token() * arguments.keep)
         return CLAConfig(kv_source_layers=map_for_bytes(model, losses, budget), separate_kv_norm=separate)
     return CLAConfig(arguments.factor, arguments.pattern, separate_kv_norm=separate)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _healing(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("model", "heal_tokens", "learning_rate", "calibration_tokens")}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

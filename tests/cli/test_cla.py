@@ -69,6 +69,16 @@ def test_convert_heals_and_writes_at_once(folder, capsys):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_another_conversions_checkpoints_are_not_taken(folder, capsys):
+    work = folder / "out.work"
+    work.mkdir()
+    (work / "settings.json").write_text("{}")
+    words = ("--text", folder / "text.txt", "--heal-tokens", 2048, "--output", folder / "out")
+    assert cla(folder, "convert", *words) == 1
+    assert "holds an unfinished conversion with other options" in capsys.readouterr().err
+    assert (work / "settings.json").read_text() == "{}" and not (folder / "out").exists()
+
+
 def test_a_failed_conversion_leaves_nothing(folder, capsys, monkeypatch):
     assert cla(folder, "convert", "--map", "[0,0,1,3,4]", "--output", folder / "out") == 1
     assert "layer 1 reads those of layer 0 and has none of its own" in capsys.readouterr().err

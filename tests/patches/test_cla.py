@@ -311,6 +311,15 @@ def test_composite_model_shares_in_its_text_decoder():
     assert [isinstance(layer, DummyLayer) for layer in model(**batch).past_key_values.layers] == [False, True] * 2
 
 
+def test_bytes_are_not_guessed_for_other_kinds_of_layers():
+    mamba = AutoModelForCausalLM.from_config(tiny_config("mamba"))
+    with pytest.raises(ValueError, match=r"counts layers of type full_attention.*; got linear_attention"):
+        mamba.kv_bytes_per_token()
+    mamba.config.kv_lora_rank = 16
+    with pytest.raises(ValueError, match="cannot tell what a 'mamba' model stores"):
+        mamba.kv_bytes_per_token()
+
+
 def test_models_without_the_flag_are_untouched():
     model_of("llama")
     stock = tiny_model("llama")

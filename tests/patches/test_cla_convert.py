@@ -119,6 +119,18 @@ def test_progressive_conversion_with_separate_norms():
     assert torch.equal(both.generate(**batch, **greedy), both.generate(**batch, **greedy, use_cache=False))
 
 
+def test_separate_norms_cannot_be_dropped():
+    own = convert_to_cla(tiny_model("llama"), {"separate_kv_norm": True})
+    with pytest.raises(ValueError, match="keep separate_kv_norm=True"):
+        convert_to_cla(own, {"kv_source_layers": [0, 0, 0, 0]})
+    assert shared_layers(own) == {1: 0, 3: 2}
+
+
+def test_only_a_dense_model_is_probed_and_ranked():
+    with pytest.raises(ValueError, match="the layers of this one share already"):
+        rank_layers(convert_to_cla(tiny_model("llama"), {}), TEXT, window=64)
+
+
 def test_other_flags_stay():
     model = tiny_model("llama", hf_ext={"kv_cache": {"type": "sirllm"}})
     flags = convert_to_cla(model, CLAConfig()).config.hf_ext
