@@ -73,8 +73,10 @@ def default_model_path(*, online: bool = True, thorough: bool = False) -> Path:
     return _from_hub(online)
 
 
-def resolve_model(name: str | os.PathLike[str] | None = None) -> str:
+def resolve_model(name: str | os.PathLike[str] | None = None, *, weights: bool = True) -> str:
     """What to give to ``from_pretrained``: a checked folder or a hub name; the default model's folder for None.
+
+    With ``weights=False`` a folder with nothing but a config will do.
 
     Raises:
         OSError: ``name`` is a folder that is no complete model, or looks like a path and does not exist.
@@ -87,7 +89,7 @@ def resolve_model(name: str | os.PathLike[str] | None = None) -> str:
         raise ValueError("The model's name is empty; give a folder, a hub name, or nothing for the default model.")
     path = Path(text).expanduser()
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        check_model_folder(path)
+        check_model_folder(path, weights=weights)
         return str(path)
     return text
 

@@ -64,15 +64,16 @@ def manifest_problem(folder: Path, *, thorough: bool = False) -> str | None:
     return None
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, *, weights: bool = True) -> None:
     """Look at a user's folder before it is loaded: a config that is JSON, and weight files that are all there.
 
-    Only headers and sizes are read, so this costs milliseconds whatever the size of the model.
+    With ``weights=False`` the config is enough. Only headers and sizes are read, so this costs milliseconds whatever
+    the size of the model.
 
     Raises:
         OSError: the folder is no model folder, or is corrupt or only half downloaded.
     """
-    problem = _folder_problem(folder)
+    problem = _folder_problem(folder) or (_weights_problem(folder) if weights else None)
     if problem is not None:
         raise OSError(f"{folder} is not a complete model folder: {problem}.")
 
@@ -89,7 +90,7 @@ def _folder_problem(folder: Path) -> str | None:
     for name in configs:
         if not _is_json_object(folder / name):
             return f"{name} is not readable JSON"
-    return _weights_problem(folder)
+    return None
 
 
 def _weights_problem(folder: Path) -> str | None:

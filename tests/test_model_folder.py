@@ -19,6 +19,11 @@ def test_a_whole_folder_passes(folder):
     check_model_folder(folder)
 
 
+def test_a_config_is_enough_where_no_weights_are_read(folder):
+    (folder / "model.safetensors").unlink()
+    check_model_folder(folder, weights=False)
+
+
 def test_a_sharded_folder_passes_and_a_missing_shard_is_named(tmp_path):
     tiny_model().save_pretrained(tmp_path, max_shard_size="50KB")
     check_model_folder(tmp_path)

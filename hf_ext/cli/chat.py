@@ -146,11 +146,11 @@ class Chat:
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
             lines.append(input(". " if interactive else ""))
-        return "\n".join(lines).strip()
+        return "\n".join(lines).rstrip()
 
     def handle(self, line: str) -> None:
         """Do what one line asks for; what goes wrong is said and the chat goes on."""
-        if not line:
+        if not line.strip():
             return
         word, _, rest = line.partition(" ")
         try:
@@ -165,13 +165,12 @@ class Chat:
 
     def answer(self, text: str) -> None:
         """Stream the model's answer; Ctrl-C ends it."""
-        began, before = time.perf_counter(), self.conversation.seen
+        began = time.perf_counter()
         with _interrupt_stops(self.conversation):
-            answer = self.conversation.answer(text, self.show, **self.generation)
+            answer = self.conversation.answer(text.strip(), self.show, **self.generation)
         self.out.print("" if answer.endswith("\n") else "\n", end="")
-        rate = (self.conversation.seen - before) / (time.perf_counter() - began)
         stopped = "stopped, " if self.conversation.stop else ""
-        self.note(f"[{stopped}{self.status()}, {rate:.0f} tokens/s]")
+        self.note(f"[{stopped}{self.status()}, {time.perf_counter() - began:.1f} s]")
 
     def show(self, piece: str) -> None:
         """Print a piece of an answer at once."""
@@ -181,7 +180,9 @@ class Chat:
     def status(self) -> str:
         """What is kept of what was seen, and what that costs."""
         talk = self.conversation
-        return f"{talk.kept:,} of {talk.seen:,} tokens kept, {human_bytes(talk.nbytes())}"
+        longest = getattr(talk.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        past = f", past the model's context of {longest:,}" if longest and talk.kept > longest else ""
+        return f"{talk.kept:,} of {talk.seen:,} tokens kept{past}, {human_bytes(talk.nbytes())}"
 
     # --- commands ------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         logging.disable_progress_bar()
         try:
             return load_model(arguments.model, dtype=arguments.dtype, device=device)
-        except RuntimeError as error:  # torch's answer to a device that does not exist or is too small
+        except (RuntimeError, AssertionError) as error:  # torch's answers to a device that is not there or too small
             raise ValueError(f"the model cannot be loaded on device {device!r}: {error}") from error
         finally:
             logging.enable_progress_bar()

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from hf_ext.default_model import resolve_model
 
-    place = resolve_model(arguments.model)
+    place = resolve_model(arguments.model, weights=False)
     described = {"model": arguments.model or "SmolLM2-135M-Instruct", **describe(AutoConfig.from_pretrained(place))}
     if arguments.json:
         print(json.dumps(described, indent=2))

@@ -18,7 +18,7 @@ class TurnFormat:
 
     def __init__(self, tokenizer: Any, *, plain: bool = False, system: str | None = None) -> None:
         if not plain and not tokenizer.chat_template:
-            raise ValueError("this model has no chat template; give --plain to let it continue your text as it is.")
+            raise ValueError("this model has no chat template; `hf-ext chat --plain` continues text as it is.")
         if plain and system is not None:
             raise ValueError("--system needs a chat template; it cannot be used with --plain.")
         self.tokenizer = tokenizer

@@ -59,6 +59,15 @@ def test_commands(chat, tmp_path):
     assert "never read" not in out
 
 
+def test_a_space_in_front_says_what_would_be_a_command(chat, tmp_path):
+    chat([" /reset", "   "], "--save", tmp_path / "talk")
+    assert [message["content"] for message in messages(tmp_path / "talk")][:1] == ["/reset"]
+
+
+def test_past_the_context_is_said(chat):
+    assert "past the model's context of 2,048" in chat(["x" * 2100], "--cache", "full")[1]
+
+
 def messages(file):
     return storage.load(file)["values"]["chat"]["messages"]
 

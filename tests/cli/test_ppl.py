@@ -64,6 +64,7 @@ def test_standard_input(hf_ext_command, folder, text, monkeypatch):
         (b"abc" * 900, ["--window", "2500"], "at most the model's context of 2048 tokens, got 2500"),
         (b"abc", ["--cache", "sirlm"], "'sirlm' is no kind of cache"),
         (b"abc", ["--device", "nowhere"], "cannot be loaded on device 'nowhere'"),
+        (b"abc", ["--device", "cuda:99"], "cannot be loaded on device 'cuda:99'"),
     ],
 )
 def test_mistakes_are_one_sentence(hf_ext_command, folder, tmp_path, content, options, message):

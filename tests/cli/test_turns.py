@@ -37,7 +37,7 @@ def test_plain_text_is_as_it_is(tokenizer):
 def test_templates_that_cannot_serve_are_sentences(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template; give --plain"):
+    with pytest.raises(ValueError, match="no chat template; `hf-ext chat --plain`"):
         TurnFormat(tokenizer)
     with pytest.raises(ValueError, match="--system needs a chat template"):
         TurnFormat(tokenizer, plain=True, system="x")
