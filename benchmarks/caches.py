@@ -105,7 +105,12 @@ def methods(model: Any, peers: bool = True) -> dict[str, Make]:
         made[f"KIVI groups {bits}-bit/{group}"] = lambda bits=bits, group=group: KIVICache(model.config, bits, group)
     if peers:
         made |= host_backends(model)
-    return made
+    # The comparisons that matter most come first, so that a run that is cut short has them.
+    first = ("dense", "decoquant-4", "decoquant-2", "KIVI groups 4-bit/64", "KIVI groups 2-bit/64")
+    first += ("KIVI groups 2-bit/32", "host quanto-4 axis -1", "host hqq-4", "pyramid_infer 0.75", "snapkv 0.75")
+    first += ("pyramid_kv 0.75", "pyramid 0.75 + decoquant-4", "pyramid 0.75 + decoquant-2", "pyramid_infer 0.45")
+    first += ("snapkv 0.45", "pyramid_kv 0.45", "KIVI groups 4-bit/32", "host quanto-2 axis -1", "host hqq-2")
+    return {name: made[name] for name in (*first, *made) if name in made}
 
 
 def host_backends(model: Any) -> dict[str, Make]:

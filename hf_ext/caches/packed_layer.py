@@ -294,6 +294,14 @@ class PackedLayer(ObservedLayer):
             for name in ("key_codes", "key_scales", "value_codes", "value_scales"):
                 setattr(self, name, _gather_left(getattr(self, name), packed_index))
 
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """As `RowState.map_rows`, and also for recent tokens of which there are none at the moment."""
+        super().map_rows(function)
+        for name in ("keys", "values"):
+            dense = getattr(self, name)
+            if dense is not None and dense.dim() == 4 and dense.numel() == 0:
+                setattr(self, name, function(dense))
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()

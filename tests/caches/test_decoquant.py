@@ -184,3 +184,24 @@ def test_a_row_of_padding_alone_stays_finite():
     feed(model, cache, torch.randint(3, 128, (2, 20)), mask)
     mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
     assert torch.isfinite(feed(model, cache, torch.randint(3, 128, (2, 1)), mask)).all()
+
+
+def test_rows_can_be_repeated_when_every_token_is_packed():
+    model, ids = tiny_model(), torch.randint(3, 128, (2, 21))
+    cache = make_cache(model, "decoquant", first_block=8, block_size=1, sink_size=0)
+    feed(model, cache, ids[:, :20])
+    assert cache.own_layers[0].keys.numel() == 0
+    twice = copy.deepcopy(cache)
+    twice.batch_repeat_interleave(2)
+    expected = feed(model, cache, ids[:, 20:])
+    assert_close(
+        "logits", expected.repeat_interleave(2, 0), feed(model, twice, ids[:, 20:].repeat_interleave(2, 0)), 1e-5
+    )
+
+
+def test_other_models_still_compile_whole():
+    model, other, ids = tiny_model(), tiny_model(seed=1), torch.randint(3, 128, (1, 9))
+    feed(model, make_cache(model, "decoquant"), ids)  # from here on attention functions look for marked keys
+    with torch.no_grad():
+        compiled = torch.compile(other, backend="eager", fullgraph=True)
+        assert_close("logits", other(ids, use_cache=False).logits, compiled(ids, use_cache=False).logits, 1e-6)
