@@ -11,10 +11,10 @@ on the machine does not enter:
 import argparse
 import json
 import math
-import resource
 import statistics
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from _bucket_arms import EOS, VOCABULARY, Batch, Corpus, arm_steps, as_dataset, batch_of, buckets, corpus
+from _bucket_arms import EOS, VOCABULARY, Batch, Corpus, arm_steps, as_dataset, batch_of, buckets, corpus, packs
 from _run import RESULTS, Report
 
 from hf_ext.data.bucket_sampler import BucketBatchSampler
@@ -124,7 +124,8 @@ def quality(arguments: argparse.Namespace) -> None:
     """Train every arm on every seed, keep finished runs, and write rows and their means."""
     options = {
         "hidden": 64, "layers": 2, "heads": 4, "lr": 3e-3, "shortest": 64, "context": arguments.context,
-        "tokens_per_step": 2 * arguments.context, "steps": arguments.steps, "validate_every": max(arguments.steps // 5, 1),
+        "tokens_per_step": 2 * arguments.context, "steps": arguments.steps,
+        "validate_every": max(arguments.steps // 5, 1),
     }  # fmt: skip
     data = corpus(arguments.data, arguments.held_out)
     settings = {**options, "documents": len(data.train), "document_tokens": sum(map(len, data.train)),
@@ -175,7 +176,7 @@ def report_quality(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[s
             wins_on_loss=sum(r["loss_all"] <= b["loss_all"] for b, r in zip(base, own, strict=True)),
             speed_up=statistics.median(speed_ups),
             predicted_speed_up=statistics.median(predicted),
-            seconds_to_concat_chunk_loss=None if None in reached else statistics.mean(r for r in reached if r is not None),
+            seconds_to_concat_chunk_loss=None if None in reached else statistics.mean(filter(None, reached)),
         )  # fmt: skip
     report.save()
     _plot(runs, arguments)
@@ -231,7 +232,7 @@ def step_seconds(model: Any, batch: Batch, repeats: int) -> float:
 
 def speed(arguments: argparse.Namespace) -> None:
     """Seconds a step at one context of 8192 tokens, by length, and the speed-ups of the mixtures."""
-    context, shapes = 8192, {"attention-heavy": (64, 4, 4), "wide": (256, 2, 4)}
+    context, shapes = 8192, {"attention-heavy": (64, 4, 4), "small": (128, 2, 4), "wide": (256, 2, 4)}
     report = Report("buckets_speed", {"context": context, "tokens_per_step": context, "shapes": shapes})
     data = corpus(arguments.data, arguments.held_out)
     rows, _ = buckets(data.train, 256, context, context, 0)
@@ -263,7 +264,7 @@ def speed(arguments: argparse.Namespace) -> None:
             seconds=taken,
             tokens_per_second=packed["input_ids"].numel() / taken,
         )
-    report.save()
+        report.save()
 
 
 def speed_ups(model: Any, seconds: dict[int, float], mixture: dict[int, float], context: int) -> dict[str, float]:
@@ -281,8 +282,6 @@ def speed_ups(model: Any, seconds: dict[int, float], mixture: dict[int, float], 
 
 
 def _packed_row(data: Corpus, context: int) -> Batch:
-    from _bucket_arms import packs
-
     rows = (step[0] for step in packs(data.train[:600], context, context, 0))
     return next(row for row in rows if row["input_ids"].shape[1] > 0.95 * context)
 
@@ -304,7 +303,6 @@ def overhead(arguments: argparse.Namespace) -> None:
                 rates.append((lengths.sum() + len(lengths)) / (time.process_time() - start))
             report.row(what="decompose", options=str(options), tokens_per_second=statistics.median(rates))
     exponents = rng.choice(np.arange(8, 14, dtype=np.int8), arguments.sequences, p=np.array([32, 16, 8, 4, 2, 1]) / 63)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     sampler = BucketBatchSampler(exponents.astype(np.int8), 64 * 8192, micro_batches=8)
     created = time.process_time()
@@ -317,10 +315,21 @@ def overhead(arguments: argparse.Namespace) -> None:
     looked_up = (time.process_time() - start_look_up) / len(chosen)
     epoch = sampler._plan()
     kept = sum(array.nbytes for array in (epoch.rows, epoch.order, epoch.earlier, sampler._exponents))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    report.row(what="sampler", sequences=arguments.sequences, steps=sampler.steps, create_seconds=created - start,
-               plan_seconds=planned - created, look_up_microseconds=looked_up * 1e6,
-               kept_bytes_a_sequence=kept / arguments.sequences, peak_growth_bytes_a_sequence=grown / arguments.sequences)  # fmt: skip
+    tracemalloc.start()
+    sampler.set_epoch(1)
+    sampler.batch(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    report.row(
+        what="sampler",
+        sequences=arguments.sequences,
+        steps=sampler.steps,
+        create_seconds=created - start,
+        plan_seconds=planned - created,
+        look_up_microseconds=looked_up * 1e6,
+        kept_bytes_a_sequence=kept / arguments.sequences,
+        peak_planning_bytes_a_sequence=peak / arguments.sequences,
+    )
     report.save()
 
 

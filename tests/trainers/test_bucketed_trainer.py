@@ -22,7 +22,7 @@ datasets.disable_progress_bars()
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
 
 
-def documents(count=24, seed=0, longest=60):
+def documents(count=30, seed=0, longest=70):
     rng = np.random.default_rng(seed)
     ids = [rng.integers(3, 128, n).tolist() for n in rng.integers(1, longest, count)]
     return datasets.Dataset.from_dict({"input_ids": ids})
