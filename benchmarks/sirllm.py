@@ -15,10 +15,7 @@ Python language documentation that comes with the interpreter.
 import argparse
 import json
 import math
-import statistics
-import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,6 @@ from hf_ext.caches.surprisal import surprisal
 from hf_ext.default_model import load_model
 
 SINKS = 4
-LATEST = 33  # readings of the clock that the time per token at a mark comes from
 
 
 def caches(budget: int, decay: float = 1.0) -> dict[str, Any]:
@@ -85,8 +81,11 @@ def text_ids(tokenizer: Any, path: Path | None, tokens: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def stream(model: Any, cache: Any, ids: torch.Tensor, block: int, start: int = 0, total: float = 0.0) -> Any:
-    """Feed ``ids`` from token ``start`` in blocks; after each yield tokens so far and the sum of their nats."""
+def stream(model: Any, cache: Any, ids: torch.Tensor, block: int, start: int, total: float, scored: int) -> Any:
+    """Feed ``ids`` from token ``start`` in blocks; after each yield tokens so far, their nats, and how many count.
+
+    The first token after a start has no prediction and does not count.
+    """
     last = None
     for begin in tqdm(range(start, ids.shape[1], block), unit="block", mininterval=30):
         piece = ids[:, begin : begin + block]
@@ -94,7 +93,8 @@ def stream(model: Any, cache: Any, ids: torch.Tensor, block: int, start: int = 0
         before = hidden[:, :-1] if last is None else torch.cat([last, hidden[:, :-1]], dim=1)
         total += surprisal(model.lm_head, before, piece[:, -before.shape[1] :]).sum().item()
         last = hidden[:, -1:].clone()
-        yield begin + piece.shape[1], total
+        scored += before.shape[1]
+        yield begin + piece.shape[1], total, scored
 
 
 def run_stream(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
@@ -106,42 +106,28 @@ def run_stream(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
     for name, config in caches(options.budget).items():
         if options.caches and name not in options.caches:
             continue
-        cache, start, total = new_cache(model, config), 0, 0.0
+        cache, start, total, scored = new_cache(model, config), 0, 0.0, 0
         rows = {} if config is None or options.states is None else read_rows(options.states, name)
         if rows:
-            start, total = max(rows), rows[max(rows)]["nats"]
+            start, total, scored = max(rows), rows[max(rows)]["nats"], rows[max(rows)]["scored"]
             cache.load(state_path(options.states, name, start))
         for row in rows.values():
-            report.row(**row)
+            if row["tokens"] in (context, *options.tokens):
+                report.row(**row)
         end = min(context, ids.shape[1]) if config is None else ids.shape[1]
-        clock = [time.perf_counter()]
-        for seen, nats in stream(model, cache, ids[:, :end], options.block, start, total):
-            clock.append(time.perf_counter())
+        for seen, nats, count in stream(model, cache, ids[:, :end], options.block, start, total, scored):
             if seen in (context, *options.tokens):
-                row = report.row(
-                    cache=name,
-                    tokens=seen,
-                    perplexity=math.exp(nats / (seen - 1)),
-                    bytes=nbytes(cache),
-                    ms_per_token=1000 * median_step(clock[-LATEST:]) / options.block,
-                    nats=nats,
-                )
+                row = {"cache": name, "tokens": seen, "perplexity": math.exp(nats / count), "bytes": nbytes(cache)}
+                report.row(**row, nats=nats, scored=count)
                 report.save()
                 if config is not None and options.states is not None:
                     cache.save(state_path(options.states, name, seen))
-                    state_path(options.states, name, seen).with_suffix(".json").write_text(json.dumps(row))
-                clock[-1] = time.perf_counter()
-
-
-def median_step(clock: list[float]) -> float:
-    """The median difference of neighbours."""
-    return statistics.median(after - before for before, after in pairwise(clock))
+                    state_path(options.states, name, seen).with_suffix(".json").write_text(json.dumps(report.rows[-1]))
 
 
 def read_rows(folder: Path, name: str) -> dict[int, dict[str, Any]]:
     """What an earlier run measured for this cache, by tokens."""
-    pattern = state_path(folder, name, 0).stem.removesuffix("0") + "*.json"
-    rows = [json.loads(path.read_text()) for path in folder.glob(pattern)]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"{name}-*.json")]
     return {row["tokens"]: row for row in sorted(rows, key=lambda row: row["tokens"])}
 
 
