@@ -96,6 +96,7 @@ def features(model: Any) -> dict[str, str | None]:
     from hf_ext.registry import CACHES, look_up
 
     checks: dict[str, Callable[[], Any]] = {"cla": partial(_check_cla, model)}
+    checks["ReALLM weights"] = partial(_check_reallm, model)
     for name in CACHES:
         config = look_up(CACHES, name, "kind of cache")()
         checks[f"kv_cache={name}"] = partial(check_flag, model, (config,))
@@ -111,6 +112,16 @@ def _check_cla(model: Any) -> None:
     decoder = model.get_decoder()
     architecture_of(decoder, "cla")
     plan(CLAConfig(), layer_kinds(decoder.config))
+
+
+def _check_reallm(model: Any) -> None:
+    from hf_ext.quant.config import ReALLMConfig
+    from hf_ext.quant.quantize import linear_names
+
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("this checkpoint is quantised already.")
+    if not linear_names(model, ReALLMConfig()):
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantise.")
 
 
 def _refusal(check: Callable[[], Any]) -> str | None:

@@ -17,7 +17,7 @@ def test_table_and_json(hf_ext_command, folder):
     values = json.loads(hf_ext_command("info", folder, "--json")[1])
     assert (values["layers"], values["heads"], values["kv_heads"], values["head_dim"]) == (4, 4, 2, 16)
     assert values["rope"] == {"type": "default", "theta": 10000.0}
-    assert values["flags"] == {} and values["features"]["cla"] is None
+    assert values["flags"] == {} and values["features"]["cla"] is values["features"]["ReALLM weights"] is None
 
 
 def test_needs_no_weights(hf_ext_command, folder, tmp_path):
@@ -51,7 +51,8 @@ def test_flags_of_a_checkpoint(hf_ext_command, tmp_path):
 def test_what_cannot_be_applied_says_why():
     features = describe(tiny_config("mistral"))["features"]
     assert features["kv_cache=sirllm"].startswith("the sirllm cache has nothing to do for 'mistral'")
-    assert "does not support" in describe(tiny_config("gpt2"))["features"]["cla"]
+    features = describe(tiny_config("gpt2", quantization_config={"quant_method": "gptq", "bits": 4}))["features"]
+    assert "does not support" in features["cla"] and "quantised already" in features["ReALLM weights"]
 
 
 def test_not_a_causal_language_model():
