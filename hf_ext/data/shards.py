@@ -123,7 +123,7 @@ def _finish(folder: Path, paths: list[Path], features: Any) -> Any:
     import datasets
 
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": path.name} for path in paths],
         "_fingerprint": f"{content_crc(datasets.Dataset.from_file(str(paths[0]))):016x}",
         "_format_columns": None,
