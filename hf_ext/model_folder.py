@@ -7,7 +7,7 @@ from typing import Any
 
 MANIFEST = "hf_ext_manifest.json"
 MANIFEST_FORMAT = 1
-CHUNK_SUFFIXES = (".incomplete", ".part", ".crdownload")  # what interrupted downloads leave behind
+UNFINISHED_SUFFIXES = (".incomplete", ".part", ".crdownload")  # what interrupted downloads leave behind
 
 
 def sha256(path: Path) -> str:
@@ -81,7 +81,7 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
 def _folder_problem(folder: Path) -> str | None:
     if not folder.is_dir():
         return "it is a file" if folder.exists() else "it does not exist"
-    half = [path.name for path in folder.iterdir() if path.suffix in CHUNK_SUFFIXES]
+    half = [path.name for path in folder.iterdir() if path.suffix in UNFINISHED_SUFFIXES]
     if half:
         return f"{half[0]} is an unfinished download"
     configs = [name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
