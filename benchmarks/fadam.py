@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,9 +28,6 @@ from torch import Tensor, nn
 
 from hf_ext import FAdam
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-BETA2S = (0.95, 0.999)
-LENGTH, BATCH = 128, 8  # tokens, sequences
 SHAPES = {
     "56 tensors, 1.4M": [(256, 96), (4000, 96), *[(2000, 96)] * 2, *[(96, 96)] * 32, *[(96, 256)] * 12, *[(96,)] * 8],
     "41 tensors, 10.5M": [
@@ -138,12 +136,23 @@ def make_optimizer(name: str, model: nn.Module, lr: float, beta2: float, **optio
     return (torch.optim.AdamW if name == "AdamW" else FAdam)(groups, lr=lr, betas=(0.9, beta2), **options)
 
 
+@dataclass(frozen=True)
+class Task:
+    """The language model over bytes, and its training: ``batch`` windows of ``length`` bytes a step."""
+
+    hidden: int
+    layers: int
+    length: int
+    batch: int
+    steps: int
+
+
 def train(
+    task: Task,
     name: str,
     lr: float,
     beta2: float,
     seed: int,
-    steps: int,
     max_norm: float = 1.0,
     spike: int | None = None,
     **options: Any,
@@ -156,15 +165,19 @@ def train(
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=256,
+        hidden_size=task.hidden,
+        intermediate_size=8 * task.hidden // 3,
+        num_hidden_layers=task.layers,
+        num_attention_heads=4,
     )
     model = LlamaForCausalLM(config)
     train_bytes, held_out = _text()
     optimizer = make_optimizer(name, model, lr, beta2, **options)
-    warmup = steps // 10
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, warmup=warmup, steps=steps))
+    cosine = partial(_cosine, warmup=task.steps // 10, steps=task.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
     losses = []
-    for step, batch in enumerate(_batches(train_bytes, seed, steps)):
+    for step, batch in enumerate(_batches(train_bytes, seed, task)):
         loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -177,7 +190,7 @@ def train(
         schedule.step()
         losses.append(loss.item())
     matrices = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
-    return losses, _held_out_loss(model, held_out), matrices.square().mean().sqrt().item()
+    return losses, _held_out_loss(model, held_out, task.length), matrices.square().mean().sqrt().item()
 
 
 def _cosine(step: int, warmup: int, steps: int) -> float:
@@ -193,20 +206,21 @@ def _text() -> tuple[Tensor, Tensor]:
     return data[:split], data[split:]
 
 
-def _batches(data: Tensor, seed: int, steps: int) -> Iterator[Tensor]:
+def _batches(data: Tensor, seed: int, task: Task) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        starts = torch.randint(len(data) - LENGTH, (BATCH, 1), generator=generator)
-        yield data[starts + torch.arange(LENGTH)]
+    for _ in range(task.steps):
+        starts = torch.randint(len(data) - task.length, (task.batch, 1), generator=generator)
+        yield data[starts + torch.arange(task.length)]
 
 
 @torch.no_grad()
-def _held_out_loss(model: nn.Module, data: Tensor, windows: int = 256) -> float:
-    rows = data[: windows * LENGTH].view(windows, LENGTH).split(32)
-    return statistics.mean(model(input_ids=batch, labels=batch).loss.item() for batch in rows)
+def _held_out_loss(model: nn.Module, data: Tensor, length: int) -> float:
+    windows = len(data) // length
+    batches = data[: windows * length].view(windows, length).split(256)
+    return sum(len(rows) * model(input_ids=rows, labels=rows).loss.item() for rows in batches) / windows
 
 
-def convergence(report: Report, steps: int, seeds: int) -> None:
+def convergence(report: Report, task: Task, seeds: int, learning_rates: list[float], beta2s: list[float]) -> None:
     """Tune learning rate and beta2 of both on seed 0, then compare the best of each on all seeds."""
     best: dict[str, tuple[float, float, float]] = {}
     found: dict[str, list[float]] = {}
@@ -220,14 +234,14 @@ def convergence(report: Report, steps: int, seeds: int) -> None:
             done = finished[tuple(row.values())]
             loss, rms = done["held_out_nats"], done["weight_rms"]
         else:
-            _, loss, rms = train(name, lr, beta2, seed, steps, **options)
+            _, loss, rms = train(task, name, lr, beta2, seed, **options)
         report.row(**row, held_out_nats=loss, weight_rms=rms)
         report.save()
         return loss
 
     for name in ("AdamW", "FAdam"):
-        for lr in LEARNING_RATES:
-            for beta2 in BETA2S:
+        for lr in learning_rates:
+            for beta2 in beta2s:
                 best[name] = min(best.get(name, (math.inf, 0.0, 0.0)), (run("tuning", name, lr, beta2), lr, beta2))
     for name, (loss, lr, beta2) in best.items():
         found[name] = [loss, *(run("best", name, lr, beta2, seed) for seed in range(1, seeds))]
@@ -239,7 +253,7 @@ def convergence(report: Report, steps: int, seeds: int) -> None:
     versions: tuple[dict[str, Any], ...] = (
         {"optim_bits": 8},
         *({"eps_mode": mode} for mode in ("fixed", "rms_min", "rms_max")),
-        {"clip": None},
+        {"clip": None, "decay_cap": 10.0},
     )
     for options in versions:
         run("versions", "FAdam", lr, beta2, **options)
@@ -255,20 +269,20 @@ def _finished(report: Report) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {tuple(row.get(name) for name in names): row for row in record["rows"] if row["part"] != "mean"}
 
 
-def spikes(report: Report, steps: int) -> None:
+def spikes(report: Report, task: Task) -> None:
     """One step of noise in place of the gradients, with and without the hosts' clipping of the global norm."""
     curves = {}
+    at = task.steps * 2 // 5
     for name in ("AdamW", "FAdam"):
         for max_norm in (math.inf, 1.0):
-            losses, held_out, _ = train(name, 3e-3, 0.999, 0, steps, max_norm, spike=steps * 2 // 5)
+            losses, held_out, _ = train(task, name, 3e-3, 0.999, 0, max_norm, spike=at)
             label = f"{name}, " + ("no global clipping" if math.isinf(max_norm) else "max_grad_norm=1")
-            at = steps * 2 // 5
             report.row(optimizer=label, before=losses[at], next_step=losses[at + 1], held_out_nats=held_out)
             curves[label] = losses
-    _plot(curves, steps)
+    _plot(curves, at)
 
 
-def _plot(curves: dict[str, list[float]], steps: int) -> None:
+def _plot(curves: dict[str, list[float]], at: int) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -278,7 +292,7 @@ def _plot(curves: dict[str, list[float]], steps: int) -> None:
     for label, losses in curves.items():
         smooth = [statistics.mean(losses[max(0, k - 4) : k + 1]) for k in range(len(losses))]
         axes.plot(smooth, label=label, linestyle="--" if "no global" in label else "-", linewidth=1.2)
-    axes.axvline(steps * 2 // 5, color="grey", linewidth=0.8)
+    axes.axvline(at, color="grey", linewidth=0.8)
     axes.set(
         xlabel="step", ylabel="training loss (nats per byte, mean of 5)", title="Gradients replaced by noise once"
     )
@@ -296,20 +310,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--beta2s", type=float, nargs="+", default=[0.95, 0.999])
+    parser.add_argument("--hidden", type=int, default=96)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128, help="bytes of a window")
+    parser.add_argument("--batch", type=int, default=16)
     options = parser.parse_args()
     if options.part == "parity" and not options.peer:
         parser.error("parity needs --peer: a folder with pytorch_optimizer 4.1.0")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="weight_decay")  # the peer's default is compared as it is
+    task = Task(options.hidden, options.layers, options.length, options.batch, options.steps)
     report = Report(f"fadam_{options.part}", vars(options) | {"peer": bool(options.peer)})
     if options.part == "parity":
         parity(report, options.peer, options.steps)
     elif options.part == "step":
         step_costs(report, options.peer, options.repeats)
     elif options.part == "convergence":
-        convergence(report, options.steps, options.seeds)
+        convergence(report, task, options.seeds, options.learning_rates, options.beta2s)
     else:
-        spikes(report, options.steps)
+        spikes(report, task)
     report.save()
 
 

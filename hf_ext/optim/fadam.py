@@ -47,7 +47,8 @@ class FAdam(Optimizer):
         eps: upper bound of the stabiliser (``eps_mode="min_eps2"``).
         weight_decay: factor of the preconditioned weights.
         eps2: factor of RMS(gradient) in the stabiliser.
-        clip: bound on the RMS of the natural gradient and of the decay; None for none.
+        clip: bound on the RMS of the natural gradient and of the decay; None for none, which needs ``decay_cap`` or no
+            decay.
         p: power of the Fisher information; 0.5 is Adam's square root.
         eps_mode: version of the stabiliser: "fixed" (first version of the paper), "min_eps2" (second, and the newest
             public implementation), "rms_min" (third), "rms_max" (a community port).
@@ -292,6 +293,11 @@ def _check(options: dict[str, Any]) -> None:
     for name in ("clip", "decay_cap", "p"):
         if not (options[name] is None and name != "p") and not options[name] > 0:
             raise ValueError(f"{name} must be above 0{'' if name == 'p' else ' or None'}, got {options[name]!r}.")
+    if options["clip"] is None and options["decay_cap"] is None and options["weight_decay"]:
+        raise ValueError(
+            "clip=None leaves the preconditioned decay without a bound: where no gradient has been seen it is the "
+            "weight divided by eps. Set decay_cap, or weight_decay=0."
+        )
     if options["eps_mode"] not in EPS_MODES:
         raise ValueError(f"eps_mode must be one of {', '.join(EPS_MODES)}, got {options['eps_mode']!r}.")
     if options["optim_bits"] not in (8, 32):

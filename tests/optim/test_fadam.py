@@ -379,6 +379,7 @@ def test_impossible_fused_step_changes_nothing():
         ({"weight_decay": math.inf}, "weight_decay must be"),
         ({"clip": 0.0}, "clip must be above 0 or None, got 0.0"),
         ({"decay_cap": -1.0}, "decay_cap must be above 0 or None"),
+        ({"clip": None}, "clip=None leaves the preconditioned decay without a bound"),
         ({"p": 0}, "p must be above 0, got 0"),
         ({"eps_mode": "v2"}, "eps_mode must be one of fixed, min_eps2, rms_min, rms_max, got 'v2'"),
         ({"optim_bits": 4}, "optim_bits must be 8 or 32, got 4"),
@@ -398,6 +399,18 @@ def test_complex_and_integer_parameters_are_refused():
     for param in (torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.long)):
         with pytest.raises(ValueError, match="real floating-point parameters, got"):
             FAdam([param])
+
+
+def test_rows_that_are_never_seen_stay_finite_without_a_clip(path):
+    table = nn.Embedding(20, 8)
+    optimizer = FAdam(table.parameters(), lr=0.01, clip=None, decay_cap=10.0, **path)
+    before = table.weight[5:].detach().clone()
+    for _ in range(50):
+        optimizer.zero_grad()
+        table(torch.arange(5)).square().sum().backward()
+        optimizer.step()
+    moved = (table.weight[5:] - before).abs().max()
+    assert 0 < moved <= 50 * 0.01 * 1e-3 * 10 * 1.001
 
 
 def test_sparse_gradients_are_refused_before_anything_changes(path):

@@ -1,8 +1,3 @@
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -142,43 +137,3 @@ def test_sft_and_dpo_trainers_of_trl(tmp_path):
         assert trained
         assert all(p.isfinite().all() for p in trained)
         assert all(state["step"] == 2 for state in bare(trainer).state.values())
-
-
-def launch(tmp_path, processes, fsdp="none", resume=""):
-    """The losses of `fadam_ranks.py` run by that many processes with a global batch of four."""
-    prefix = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    prefix = [*prefix, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"] if processes > 1 else [sys.executable]
-    script = Path(__file__).with_name("fadam_ranks.py")
-    command = [*prefix, str(script), str(tmp_path / str(processes)), str(4 // processes), fsdp, resume]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    return done, [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("LOSSES ")]
-
-
-def fsdp_config(version):
-    return json.dumps(
-        {
-            "fsdp_version": version,
-            "state_dict_type": "FULL_STATE_DICT",
-            "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
-            "cpu_ram_efficient_loading": False,
-            "sync_module_states": False,
-        }
-    )
-
-
-@pytest.mark.slow
-def test_trainer_with_two_fsdp2_processes_equals_one_and_resumes(tmp_path):
-    _, [single] = launch(tmp_path, 1)
-    done, losses = launch(tmp_path, 2, fsdp_config(2))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses[0] == pytest.approx(single, rel=1e-4)
-    done, resumed = launch(tmp_path, 2, fsdp_config(2), "resume")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert resumed[0] == pytest.approx(losses[0], rel=1e-6)
-
-
-@pytest.mark.slow
-def test_trainer_under_fsdp1_is_refused_by_name(tmp_path):
-    done, _ = launch(tmp_path, 2, fsdp_config(1))
-    assert done.returncode != 0
-    assert "FSDP1's flattened shards" in done.stderr
