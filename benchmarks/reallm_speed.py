@@ -39,10 +39,10 @@ def main() -> None:
         "ReALLM 2 bits": _random_codes(_load(arguments.model), MatrixShape(4, 8, rank=4, permute=True)),
     }
     with torch.inference_mode():
-        prefill = report.interleaved({name: partial(_prefill, model, arguments.prefill) for name, model in models.items()},
-                                     arguments.repeats)  # fmt: skip
-        decode = report.interleaved({name: _decoder(model, arguments.tokens) for name, model in models.items()},
-                                    arguments.repeats)  # fmt: skip
+        readers = {name: partial(_prefill, model, arguments.prefill) for name, model in models.items()}
+        prefill = report.interleaved(readers, arguments.repeats)
+        decoders = {name: _decoder(model, arguments.tokens) for name, model in models.items()}
+        decode = report.interleaved(decoders, arguments.repeats)
     for name, model in models.items():
         linear, stored = _linear_bytes(model)
         report.row(

@@ -101,6 +101,8 @@ def linear_names(model: Any, config: ReALLMConfig) -> list[str]:
 
 
 def _quantize_calibrated(model: Any, layers: dict[str, Any], config: ReALLMConfig, progress: Progress) -> None:
+    if model.device.type != "cpu":
+        raise ValueError(f"Calibration runs on the CPU; this model is on {model.device}. Load it there, then move it.")
     windows = _windows(model, config)
     path, blocks = find_blocks(model)
     shapes = {name: config.shape_for(*layer.weight.shape) for name, layer in layers.items()}
@@ -191,10 +193,11 @@ def _replace(
         known = MatrixShape(**{**shape.to_dict(), "permute": "perm" in parts})
         known = MatrixShape(**{**known.to_dict(), "rank": len(parts["lr_a"]) if "lr_a" in parts else 0})
     else:
-        solution = solve(layer.weight, shape, hessian, rows, config.effort())
+        solution = solve(layer.weight.cpu(), shape, hessian, rows, config.effort())
         parts, known, progress.errors[name] = solution.parts, solution.shape, solution.error
         if kept is not None:
             _keep(kept, parts, solution.error)
+    parts = {part: tensor.to(layer.weight.device) for part, tensor in parts.items()}
     model.set_submodule(name, ReALLMLinear.from_parts(parts, known, layer.in_features, layer.bias))
 
 

@@ -124,7 +124,7 @@ class SolveMatrix(ConversionOps):
         assert full_layer_name is not None
         name = full_layer_name.removesuffix(".weight")
         config, old = self.quantizer.quantization_config, model.get_submodule(name)
-        solution = solve(weight, config.shape_for(*weight.shape), effort=config.effort())
+        solution = solve(weight.cpu(), config.shape_for(*weight.shape), effort=config.effort())
         parts = {part: tensor.to(weight.device) for part, tensor in solution.parts.items()}
         model.set_submodule(name, ReALLMLinear.from_parts(parts, solution.shape, weight.shape[1], old.bias))
         if missing_keys is not None:
