@@ -120,6 +120,9 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     notes = Notes(args.work / "notes.json")
+    asked = {name: str(value) for name, value in vars(args).items() if name not in ("work", "heal_minutes", "heal")}
+    if notes.once("settings", lambda: asked) != asked:
+        raise SystemExit(f"{args.work} holds measurements with other settings; repeat those, or name a new folder.")
     model, tokenizer = load_model()
     layers = model.config.num_hidden_layers
     held_out = tokenize(tokenizer, args.test.read_text(encoding="utf-8"))

@@ -82,17 +82,16 @@ def pass_by(attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
     return args, kwargs
 
 
-def connect(decoder: nn.Module, attentions: list[Any], sources: tuple[int, ...], cache_argument: str) -> list[Any]:
-    """Hang the hooks that make the layers share according to a map; returns the handles that take them away."""
+def connect(decoder: nn.Module, attentions: list[Any], sources: tuple[int, ...], cache_argument: str) -> None:
+    """Hang the hooks that make the layers share according to a map; `disconnect` takes them away."""
     readers = {source: layer for layer, source in enumerate(sources)}  # the last one wins
     shared = {source for layer, source in enumerate(sources) if source != layer}
-    handles = [decoder.register_forward_pre_hook(open_container, with_kwargs=True)]
+    decoder.register_forward_pre_hook(open_container, with_kwargs=True)
     for layer, (attention, source) in enumerate(zip(attentions, sources, strict=True)):
         setattr(attention, SOURCE, source)
         setattr(attention, LAST_READER, readers[source] == layer and source != layer)
         hook = partial(share, cache_argument=cache_argument) if source in shared else pass_by
-        handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
-    return handles
+        attention.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def disconnect(decoder: nn.Module, attentions: list[Any]) -> None:
