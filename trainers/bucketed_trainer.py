@@ -158,6 +158,7 @@ class BucketedTrainerMixin:
         """Each process reads the stream and takes its own share, so accelerate must not share it out once more."""
         from accelerate.data_loader import prepare_data_loader
 
+        self.bucket_sampler = None
         processes, micro_batches = self._shares()
         if processes != self.args.world_size:
             raise ValueError(
