@@ -5,7 +5,6 @@ here. Every row of a batch is treated by its own tokens and counts alone. Droppi
 forward always attends to all that was stored, and an interrupted or rejected one can be taken back.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,11 +14,12 @@ from torch import Tensor
 from hf_ext.caches.base import HfExtCache
 from hf_ext.caches.budgets import check_budget, parse_bytes
 from hf_ext.caches.config import CacheConfig
-from hf_ext.caches.decoquant import DecoQuantConfig
+from hf_ext.caches.decoquant import DecoQuantConfig, head_dimension
 from hf_ext.caches.forward import Forward
 from hf_ext.caches.observed import ObservedLayer, check_crop, note_attended, tell_incoming
 from hf_ext.caches.packed_layer import PackedLayer
 from hf_ext.caches.sink_window import check_sizes
+from hf_ext.caches.support import layer_types
 
 SLACK = 8  # generated tokens by which a row may exceed its budget before some go at once
 
@@ -330,20 +330,12 @@ def _dtype_bytes(decoder: Any) -> int:
     return int(next(decoder.parameters()).element_size())
 
 
-@functools.lru_cache(maxsize=64)
-def _sizes(heads: int, head_dim: int, layers: int) -> int:
-    return 2 * heads * head_dim * layers
-
-
 def bytes_per_token(model_config: Any, element: int, storage: DecoQuantConfig | None) -> float:
     """Bytes of one token in all full-attention layers of the model."""
-    from hf_ext.caches.decoquant import head_dimension
-    from hf_ext.caches.support import layer_types
-
     text = model_config.get_text_config(decoder=True)
     d = head_dimension(model_config)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    numbers = _sizes(heads, d, layer_types(model_config).count("full_attention"))
+    numbers = 2 * heads * d * layer_types(model_config).count("full_attention")
     if storage is None:
         return numbers * element
     return numbers / d * (storage.row_bytes(d) + (1 if storage.method == "allocated" else 2 / heads))
