@@ -180,7 +180,7 @@ class Stages:
             if name == "DPO, forbidden as rejected":
                 rows = rows + [{**row, "rejected": row["toxic"]} for row in rows]
             args = ADPOConfig(
-                str(self.work / "arm"), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=LR, beta=0.1,
+                str(self.work / "arm"), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=LR, beta=0.1,
                 control_token=TOKEN, precompute_ref_log_probs=True, seed=seed, **QUIET, **ARMS[name],
             )  # fmt: skip
             trainer = ADPOTrainer(
