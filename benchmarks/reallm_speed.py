@@ -95,7 +95,7 @@ def _decoder(model: Any, tokens: int) -> Callable[[], None]:
     def decode() -> None:
         for _ in range(tokens):
             model(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
-        cache.crop(PROMPT)
+        cache.crop(-tokens)
 
     cache = model(input_ids=prompt, use_cache=True).past_key_values
     return decode
