@@ -10,6 +10,7 @@ Times are process CPU time on one thread, the optimizers taking turns at every r
 """
 
 import argparse
+import itertools
 import json
 import math
 import pydoc_data.topics
@@ -221,10 +222,8 @@ def _held_out_loss(model: nn.Module, data: Tensor, length: int) -> float:
 
 
 def convergence(report: Report, task: Task, seeds: int, learning_rates: list[float], beta2s: list[float]) -> None:
-    """Tune learning rate and beta2 of both on seed 0, then compare the best of each on all seeds."""
+    """Train with every learning rate and beta2 on every seed; compare the settings of the lowest mean."""
     best: dict[str, tuple[float, float, float]] = {}
-    found: dict[str, list[float]] = {}
-
     finished = _finished(report)
 
     def run(part: str, name: str, lr: float, beta2: float, seed: int = 0, **options: Any) -> float:
@@ -240,15 +239,12 @@ def convergence(report: Report, task: Task, seeds: int, learning_rates: list[flo
         return loss
 
     for name in ("AdamW", "FAdam"):
-        for lr in learning_rates:
-            for beta2 in beta2s:
-                best[name] = min(best.get(name, (math.inf, 0.0, 0.0)), (run("tuning", name, lr, beta2), lr, beta2))
-    for name, (loss, lr, beta2) in best.items():
-        found[name] = [loss, *(run("best", name, lr, beta2, seed) for seed in range(1, seeds))]
-    for name, losses in found.items():
-        mean = statistics.mean(losses)
-        gap = mean - statistics.mean(found["AdamW"])
-        report.row(part="mean", optimizer=name, seeds=seeds, held_out_nats=mean, minus_adamw=gap)
+        for lr, beta2 in itertools.product(learning_rates, beta2s):
+            mean = statistics.mean(run("grid", name, lr, beta2, seed) for seed in range(seeds))
+            best[name] = min(best.get(name, (math.inf, 0.0, 0.0)), (mean, lr, beta2))
+    for name, (mean, lr, beta2) in best.items():
+        gap = mean - best["AdamW"][0]
+        report.row(part="best", optimizer=name, lr=lr, beta2=beta2, seeds=seeds, held_out_nats=mean, minus_adamw=gap)
     _, lr, beta2 = best["FAdam"]
     versions: tuple[dict[str, Any], ...] = (
         {"optim_bits": 8},
@@ -266,7 +262,7 @@ def _finished(report: Report) -> dict[tuple[Any, ...], dict[str, Any]]:
     if record.get("settings") != report.settings:
         return {}
     names = ("part", "optimizer", "lr", "beta2", "seed")
-    return {tuple(row.get(name) for name in names): row for row in record["rows"] if row["part"] != "mean"}
+    return {tuple(row.get(name) for name in names): row for row in record["rows"] if row["part"] != "best"}
 
 
 def spikes(report: Report, task: Task) -> None:
