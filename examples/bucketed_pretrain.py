@@ -56,7 +56,6 @@ def main() -> None:
         bucket_curriculum="grow-p2",
         bucket_cycles=4,
         logging_steps=10,
-        save_steps=40,
         report_to=[],
     )
     data = documents(options.data)
@@ -66,9 +65,9 @@ def main() -> None:
     lengths, steps = np.unique(trainer.bucket_sampler.schedule(), return_counts=True)
     print("steps an epoch:", dict(zip(lengths.tolist(), steps.tolist(), strict=True)))
 
-    trainer.args.max_steps = 40  # stands in for an interruption
+    arguments.max_steps = arguments.save_steps = max(1, trainer.bucket_sampler.steps // 2)  # as if interrupted there
     trainer.train()
-    trainer.args.max_steps = -1
+    arguments.max_steps = -1
     resumed = BucketedTrainer(LlamaForCausalLM(config), arguments, train_dataset=data)
     resumed.train(resume_from_checkpoint=True)
 
