@@ -77,6 +77,7 @@ class SPOTrainer(PreferenceTrainer):
             }"""),
     }
     config_class = SPOConfig
+    _frozen: dict[int, FrozenPolicy]
     passed_columns = (PREVIOUS_MARGIN, OLDEST_MARGIN)
 
     def __init__(self, *args: Any, prev_policies: Any = None, **kwargs: Any) -> None:
@@ -94,7 +95,7 @@ class SPOTrainer(PreferenceTrainer):
         self._manifest = read_manifest(args.manifest) if args.manifest else None
         self.plan: SPOPlan = make_plan(args, self._manifest["rounds"] if self._manifest else ())
         self._prev_policies = _align_policies(self._prev_policies, self.plan.round_index)
-        self._frozen: dict[int, FrozenPolicy] = {}
+        self._frozen = {}
         self._scored: int | None = None  # the policy whose own log-probabilities a precompute pass asks for
         self._base: dict[str, Any] | None = None
         if self._manifest:
