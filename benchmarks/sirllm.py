@@ -114,6 +114,7 @@ def run_stream(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
         for row in rows.values():
             if row["tokens"] in (context, *options.tokens):
                 report.row(**row)
+                report.save()
         end = min(context, ids.shape[1]) if config is None else ids.shape[1]
         for seen, nats, count in stream(model, cache, ids[:, :end], options.block, start, total, scored):
             if seen in (context, *options.tokens):
