@@ -22,18 +22,18 @@ from .quant.config import ReALLMConfig as ReALLMConfig
 from .quant.distill import DistillOptions as DistillOptions
 from .quant.distill import distill as distill
 from .quant.linear import ReALLMLinear as ReALLMLinear
+from .trainers.adpo_config import ADPOConfig as ADPOConfig
+from .trainers.adpo_trainer import ADPOTrainer as ADPOTrainer
 from .trainers.bucketed_config import BucketedArguments as BucketedArguments
 from .trainers.bucketed_config import BucketedTrainingArguments as BucketedTrainingArguments
 from .trainers.bucketed_trainer import BucketedTrainer as BucketedTrainer
 from .trainers.bucketed_trainer import BucketedTrainerMixin as BucketedTrainerMixin
+from .trainers.cla_distill import CLADistillTrainer as CLADistillTrainer
+from .trainers.cla_distill_config import CLADistillArguments as CLADistillArguments
 from .trainers.fadam import FAdamTrainerMixin as FAdamTrainerMixin
-from .trainers.adpo_config import ADPOConfig as ADPOConfig
-from .trainers.adpo_trainer import ADPOTrainer as ADPOTrainer
 from .trainers.spo_config import SPOConfig as SPOConfig
 from .trainers.spo_pipeline import SPOPipeline as SPOPipeline
 from .trainers.spo_pipeline import SPORound as SPORound
 from .trainers.spo_trainer import SPOTrainer as SPOTrainer
-from .trainers.cla_distill import CLADistillTrainer as CLADistillTrainer
-from .trainers.cla_distill_config import CLADistillArguments as CLADistillArguments
 
 __version__: str

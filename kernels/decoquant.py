@@ -13,6 +13,7 @@ it into the query and the output (`kernels.packed_attention`). Two ways to choos
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,7 +175,8 @@ def decode_scales(scales: Tensor) -> Tensor:
 
 def on_device(row_format: RowFormat, device: torch.device) -> RowFormat:
     """The same format with its tensors on ``device``."""
-    return replace(row_format, **{name: tensor.to(device) for name, tensor in row_format.tensors().items()})
+    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in row_format.tensors().items()}
+    return replace(row_format, **moved)
 
 
 def _encode_uniform(coefficients: Tensor, row_format: RowFormat) -> tuple[Tensor, Tensor]:

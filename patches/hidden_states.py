@@ -15,7 +15,7 @@ from hf_ext.patches.architectures import architecture_of
 ATTRIBUTE = "hf_ext_hidden_state_hooks"
 
 
-def attach_gathering(decoder: nn.Module) -> None:
+def attach_gathering(decoder: Any) -> None:
     """Attach the hooks to every layer of ``decoder``; what is attached stays.
 
     Raises:

@@ -33,6 +33,8 @@ class PackedLayer(ObservedLayer):
     """
 
     row_tensors: ClassVar[tuple[str, ...]] = (*ObservedLayer.row_tensors, *EXTRA)
+    packed_count: Any  # a tensor wherever it is read after packing has begun
+    query_moment: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__()

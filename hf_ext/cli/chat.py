@@ -237,6 +237,8 @@ def _signals_end_the_process() -> Iterator[None]:
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     earlier = [(number, signal.signal(number, leave)) for number in numbers]
+    # A shell starts what it runs in the background with interrupts ignored, and Python then leaves it so.
+    earlier.append((signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)))
     try:
         yield
     finally:

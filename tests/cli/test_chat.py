@@ -127,7 +127,7 @@ class Terminal:
     """A child process at a pseudo-terminal."""
 
     def __init__(self, *command):
-        self.process, self.screen = 0, ""
+        self.process, self.screen, self.read_to = 0, "", 0
         self.process, self.file = pty.fork()
         if self.process == 0:
             os.environ |= {"TERM": "dumb", "OMP_NUM_THREADS": "1"}
@@ -136,16 +136,17 @@ class Terminal:
     def type(self, text):
         os.write(self.file, text.encode())
 
-    def wait_for(self, text, seconds=120):
-        end, start = time.time() + seconds, len(self.screen)
-        while text not in self.screen[start:]:
+    def wait_for(self, text, seconds=300):
+        """Read on until ``text`` comes, after whatever was waited for before."""
+        end = time.time() + seconds
+        while text not in self.screen[self.read_to :]:
             assert time.time() < end, f"{text!r} did not come; the screen shows {self.screen!r}"
             if select.select([self.file], [], [], 1)[0]:
-                try:
-                    self.screen += os.read(self.file, 65536).decode(errors="replace")
-                except OSError:
-                    break
-        return self.screen[start:]
+                self.screen += os.read(self.file, 65536).decode(errors="replace")
+        self.read_to = self.screen.index(text, self.read_to) + len(text)
+
+    def wait_for_more(self):
+        self.screen += os.read(self.file, 1).decode(errors="replace")
 
     def leave(self):
         return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
@@ -157,10 +158,11 @@ def test_at_a_terminal_interrupts_lose_nothing(folder, tmp_path):
     terminal = Terminal("chat", folder, "--max-new-tokens", 1500, "--temperature", 1, "--save", file)
     terminal.wait_for("> ")
     terminal.type("Hi\n")
-    time.sleep(1)
+    terminal.wait_for("Hi\r\n")
+    terminal.wait_for_more()  # the answer has begun
     terminal.type("\x03")
     terminal.wait_for("[stopped, ")
-    time.sleep(1)  # the prompt is there by now
+    terminal.wait_for("\n> ")
     terminal.type("\x03")
     terminal.wait_for("Saved to")
     assert terminal.leave() == 0 and file.exists()
