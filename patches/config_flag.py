@@ -5,6 +5,8 @@ without hf_ext refuses an unknown entry in it (``ValueError: Unknown fusion type
 model. So the flag needs no host code to change: a property that reads and writes that entry, and the entry's name.
 """
 
+import copy
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +20,20 @@ NAME = "hf_ext"
 def open_flag(host: ModuleType, patch: Patch) -> None:
     """Give every config the ``hf_ext`` property; ``from_pretrained`` accepts what the config has an attribute for."""
     patch.add(host.PreTrainedConfig, NAME, property(get_flags, set_flags))
+
+
+def take_flag_in_from_config(host: ModuleType, patch: Patch) -> None:
+    """Let ``from_config(config, hf_ext=...)`` take the flag as ``from_pretrained`` does; the config stays as it is."""
+    original = vars(host.PreTrainedModel)["_from_config"].__func__
+
+    @wraps(original)
+    def from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
+        if NAME in kwargs:
+            config = copy.deepcopy(config)
+            set_flags(config, kwargs.pop(NAME))
+        return original(cls, config, **kwargs)
+
+    patch.set(host.PreTrainedModel, "_from_config", classmethod(from_config))
 
 
 def own_fusion_name(host: ModuleType, patch: Patch) -> None:

@@ -20,6 +20,7 @@ SEAMS: tuple[tuple[str, str], ...] = (
     ("transformers.configuration_utils", "hf_ext.patches.config_flag:open_flag"),
     ("transformers.configuration_utils", "hf_ext.patches.cla_config:open_sharing_modes"),
     ("transformers.fusion_mapping", "hf_ext.patches.config_flag:own_fusion_name"),
+    ("transformers.modeling_utils", "hf_ext.patches.config_flag:take_flag_in_from_config"),
     ("transformers.modeling_utils", "hf_ext.patches.post_init:apply_flags_after_init"),
     ("transformers.modeling_utils", "hf_ext.patches.cla_config:count_kv_bytes"),
     ("transformers.modeling_utils", "hf_ext.patches.attention:watch_attention"),

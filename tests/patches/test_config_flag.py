@@ -48,6 +48,15 @@ def test_direct_construction_and_from_config_take_flags():
     assert AutoModelForCausalLM.from_config(config).config.hf_ext == FLAGS
 
 
+def test_from_config_takes_flags_as_an_argument_and_leaves_the_config_alone():
+    config = tiny_config()
+    assert AutoModelForCausalLM.from_config(config, hf_ext=FLAGS).config.hf_ext == FLAGS
+    assert config.hf_ext is None
+    assert AutoModelForCausalLM.from_config(tiny_config(hf_ext=FLAGS), hf_ext=None).config.hf_ext is None
+    with pytest.raises(ValueError, match="HfExtConfig has no option 'kvcache'"):
+        AutoModelForCausalLM.from_config(config, hf_ext={"kvcache": "sirllm"})
+
+
 def test_none_drops_flags_on_load(folder, tmp_path):
     AutoModelForCausalLM.from_pretrained(folder, hf_ext=FLAGS).save_pretrained(tmp_path / "flagged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "flagged", hf_ext=None)
@@ -161,6 +170,8 @@ def test_importing_twice_opens_each_seam_once():
         ("transformers.fusion_mapping", "ModuleFusionSpec"),
         ("transformers.configuration_utils", "PreTrainedConfig"),
         ("transformers.modeling_utils", "PreTrainedModel"),
+        ("transformers.modeling_utils", "PreTrainedModel._from_config"),
+        ("transformers.generation.utils", "GenerationMixin._prepare_cache_for_generation"),
         ("transformers.generation.configuration_utils", "ALL_CACHE_IMPLEMENTATIONS"),
         ("transformers.generation.utils", "GenerationMixin"),
     ],
@@ -168,4 +179,6 @@ def test_importing_twice_opens_each_seam_once():
 def test_private_names_of_transformers_5_22_and_5_23_that_the_seam_needs(module, name):
     import importlib
 
-    assert hasattr(importlib.import_module(module), name)
+    owner = importlib.import_module(module)
+    for part in name.split("."):
+        owner = getattr(owner, part)
