@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import transformers
 from torch import nn
+from transformers import cache_utils
 
 from hf_ext.cla.config import CLAConfig
 from hf_ext.cla.plan import consumers, plan
@@ -21,6 +23,7 @@ def apply_flag(model: Any, cla: CLAConfig) -> None:
         ValueError: the architecture is not supported, the map does not fit the model, or the model has been built
             with another map and has no projections for a layer that is to be a producer now.
     """
+    check_host()
     decoder = model.get_decoder()
     architecture = architecture_of(decoder, "cla")
     sources = plan(cla, layer_kinds(decoder.config))
@@ -32,6 +35,16 @@ def apply_flag(model: Any, cla: CLAConfig) -> None:
         layers, names = "|".join(map(str, consumers(sources))), "|".join(architecture.keys_and_values)
         pattern = rf"layers\.(?:{layers})\.{architecture.attention}\.(?:{names})\.(?!.*lora_)"
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
+
+
+def check_host() -> None:
+    """Refuse a host whose caches do not know layers that store nothing.
+
+    Raises:
+        ImportError: transformers is older than 5.23.
+    """
+    if not hasattr(cache_utils, "KVSharingDict"):
+        raise ImportError(f"The cla flag needs transformers 5.23 or newer, got {transformers.__version__}.")
 
 
 def attentions_of(decoder: Any, architecture: Architecture) -> list[Any]:
