@@ -19,8 +19,6 @@ from .patches.cla_convert import convert_to_cla as convert_to_cla
 from .patches.install import install as install
 from .patches.install import uninstall as uninstall
 from .quant.config import ReALLMConfig as ReALLMConfig
-from .quant.distill import DistillOptions as DistillOptions
-from .quant.distill import distill as distill
 from .quant.linear import ReALLMLinear as ReALLMLinear
 from .trainers.adpo_config import ADPOConfig as ADPOConfig
 from .trainers.adpo_trainer import ADPOTrainer as ADPOTrainer

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from transformers import cache_utils
 
 from hf_ext import HfExtConfig, make_cache
 from hf_ext.testing import assert_close, ragged_batch, tiny_config
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(cache_utils, "KVSharingDict"), reason="Cross-Layer Attention needs transformers 5.23"
+)
 PACKED = {"type": "decoquant", "bits": 8, "first_block": 8, "block_size": 3, "sink_size": 2}
 
 

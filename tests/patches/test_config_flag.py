@@ -181,4 +181,5 @@ def test_private_names_of_transformers_5_22_and_5_23_that_the_seam_needs(module,
 
     owner = importlib.import_module(module)
     for part in name.split("."):
+        assert hasattr(owner, part), f"{module} has no {name}"
         owner = getattr(owner, part)
