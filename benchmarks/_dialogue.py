@@ -5,6 +5,7 @@ the same past (it is taken back with ``crop``) and the one with the highest mean
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -55,6 +56,9 @@ class Dialogue:
         """The answer of highest mean log-probability; ``first`` ``[1, V]`` are the logits of its first token."""
         scores = []
         for ids in answers:
+            if not ids:  # a few choices of the data are blank
+                scores.append(-math.inf)
+                continue
             self.cache.activate_past_recording()
             logits = torch.cat([first, self._feed(ids)[:-1]])
             self.cache.crop(-len(ids))
