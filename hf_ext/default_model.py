@@ -125,8 +125,9 @@ def convert_gguf(source: Path, folder: Path) -> None:
     The host's GGUF reader gives the GPT-2 pre-tokenizer to every byte-level BPE. SmolLM2's also takes each digit by
     itself, which matters for spaces before a number ("a  1"), so that is put back.
     """
-    if find_spec("gguf") is None:
-        raise ImportError('Converting a GGUF file needs the package gguf: run `pip install "hf_ext[demo]"`.')
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f'Converting a GGUF file needs {" and ".join(missing)}: run `pip install "hf_ext[demo]"`.')
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
