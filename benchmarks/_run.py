@@ -83,6 +83,31 @@ class Report:
         return path
 
 
+    def draw(self, x: str, panels: Mapping[str, str], by: str) -> Path:
+        """Draw ``<stem>.png``: a panel for each of ``panels`` (column -> axis label), a line for each ``by``."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+        for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
+            for name in dict.fromkeys(row[by] for row in self.rows):
+                points = [(row[x], row[column]) for row in self.rows if row[by] == name]
+                axis.plot(*zip(*points, strict=True), marker="o", label=name)
+            axis.set_xscale("log", base=2)
+            ticks = sorted({row[x] for row in self.rows})
+            axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axis.set(xlabel=x, ylabel=label, ylim=(0, None))
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0][0].legend(frameon=False)
+        figure.tight_layout()
+        path = self.folder / f"{self.stem}.png"
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        return path
+
+
 def machine() -> dict[str, Any]:
     """Hardware, threads and versions of this run."""
     return {

@@ -124,6 +124,7 @@ def run_stream(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
                 if config is not None and options.states is not None:
                     cache.save(state_path(options.states, name, seen))
                     state_path(options.states, name, seen).with_suffix(".json").write_text(json.dumps(report.rows[-1]))
+    report.draw("tokens", {"bytes": "cache, bytes", "perplexity": "perplexity"}, by="cache")
 
 
 def read_rows(folder: Path, name: str) -> dict[int, dict[str, Any]]:
