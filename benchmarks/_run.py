@@ -82,7 +82,6 @@ class Report:
         os.replace(table, path.with_suffix(".csv"))
         return path
 
-
     def draw(self, x: str, panels: Mapping[str, str], by: str) -> Path:
         """Draw ``<stem>.png``: a panel for each of ``panels`` (column -> axis label), a line for each ``by``."""
         import matplotlib
