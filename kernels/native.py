@@ -18,7 +18,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # other CPUs lack the flag
+FLAGS = ("-O3", "-march=native", *WIDE, "-fno-math-errno", "-fno-trapping-math")
 LANGUAGES = {  # suffix -> the variable that names a compiler, compilers to look for, the standard
     ".c": ("CC", ("cc", "gcc", "clang"), "-std=gnu11"),
     ".cpp": ("CXX", ("c++", "g++", "clang++"), "-std=gnu++17"),
