@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 from transformers.quantizers import auto
 
@@ -8,7 +11,7 @@ from hf_ext.quant.quantizer import ReALLMQuantizer
 def test_the_method_is_registered_once_and_taken_back():
     for _ in range(2):
         assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["reallm"] is ReALLMConfig
-        assert auto.AUTO_QUANTIZER_MAPPING["reallm"] is ReALLMQuantizer
+        assert isinstance(auto.AUTO_QUANTIZER_MAPPING["reallm"](ReALLMConfig()), ReALLMQuantizer)
         uninstall()
         try:
             assert "reallm" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -20,6 +23,10 @@ def test_the_method_is_registered_once_and_taken_back():
 def test_the_host_builds_ours_from_a_config():
     quantizer = auto.AutoHfQuantizer.from_config(ReALLMConfig().to_dict(), pre_quantized=False)
     assert isinstance(quantizer, ReALLMQuantizer) and quantizer.is_serializable() and quantizer.is_trainable
+
+
+def test_the_quantizers_module_can_be_the_first_import():
+    subprocess.run([sys.executable, "-c", "import hf_ext.quant.quantizer"], check=True)
 
 
 def test_the_hosts_own_registration_would_refuse_a_second_one():
