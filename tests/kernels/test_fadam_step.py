@@ -352,7 +352,9 @@ def test_unknown_path_and_no_tensors():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_empty_tensor(path):
-    run(path, FAdamOptions(), shapes=[(0, 3), (2,)])
+    parameters = run(path, FAdamOptions(), shapes=[(0, 3), (2,)])[:2]
+    assert parameters[0].shape == (0, 3)
+    assert parameters[1].isfinite().all() and not torch.equal(parameters[1], tensors([(0, 3), (2,)])[0][1])
 
 
 def test_not_a_number_stays_with_its_element():
