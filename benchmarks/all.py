@@ -1,0 +1,85 @@
+"""Every benchmark, one after the other, into benchmarks/results: hours on two cores.
+
+Run: python benchmarks/all.py [--data DIR] [--work DIR] [--peer DIR] [--list]
+
+Without ``--data`` only those run that need no outside text. DIR holds ``wikitext2/wiki.test.part1.raw``, plain books
+in ``books/*.txt`` and the recall tasks of SirLLM in ``dialogue/*.jsonl``. ``--work`` keeps what interrupted runs need
+to go on, ``--peer`` names a folder with pytorch_optimizer 4.1.0.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ALONE = (
+    "cla.py size",
+    "cla.py speed",
+    "cla_scratch.py",
+    "buckets.py quality --work {work}/buckets",
+    "buckets.py speed",
+    "buckets.py overhead",
+    "fadam.py step",
+    "fadam.py convergence",
+    "fadam.py spike",
+    "spo.py --work {work}/spo",
+    "adpo.py --work {work}/adpo",
+    "adpo_style.py --work {work}/adpo_style",
+    "preference.py",
+    "reallm_speed.py",
+    "caches.py bytes",
+    "caches.py speed",
+)
+WITH_DATA = (
+    "sirllm.py stream --text {wikitext} --states {work}/sirllm",
+    "sirllm.py speed --text {wikitext} --states {work}/sirllm",
+    "sirllm.py grocery --data {data}/dialogue/grocery.jsonl",
+    "sirllm.py reply --data {data}/dialogue/dailydialog.jsonl --decay 0.7",
+    "sirllm.py games --data {games} --decay 0.9",
+    "caches.py quality --data {wikitext}",
+    "caches.py plot",
+    "cla_conversion.py --train {books} --test {wikitext} --work {work}/cla",
+    "reallm_layers.py --calibration {data}/books --text {wikitext}",
+    "reallm.py --calibration {data}/books --text {wikitext} --work {work}/reallm",
+)
+WITH_PEER = ("fadam.py parity --peer {peer}",)
+
+
+def commands(options: argparse.Namespace) -> list[list[str]]:
+    """The arguments of every benchmark that can run with these options."""
+    chosen = ALONE + (WITH_DATA if options.data else ()) + (WITH_PEER if options.peer else ())
+    data = options.data or Path()
+    one = {
+        "work": options.work,
+        "data": data,
+        "peer": options.peer,
+        "wikitext": data / "wikitext2/wiki.test.part1.raw",
+    }
+    many = {
+        "{books}": sorted(data.glob("books/*.txt")),
+        "{games}": sorted(data.glob("dialogue/rock_paper_scissors_*.jsonl")),
+    }
+    return [[str(part) for word in line.split() for part in many.get(word) or [word.format(**one)]] for line in chosen]
+
+
+def main() -> int:
+    """Run them all; a failure is told at the end and stops nothing else."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/work"))
+    parser.add_argument("--peer", type=Path)
+    parser.add_argument("--list", action="store_true", help="print the commands and run none")
+    options = parser.parse_args()
+    here = Path(__file__).parent
+    failed = []
+    for command in commands(options):
+        print("benchmarks/" + " ".join(command), flush=True)
+        if not options.list and subprocess.run([sys.executable, here / command[0], *command[1:]]).returncode != 0:
+            failed.append(" ".join(command))
+    for command in failed:
+        print(f"failed: {command}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
