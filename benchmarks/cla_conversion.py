@@ -73,14 +73,15 @@ def even_map(layers: int, consumers: int) -> tuple[int, ...]:
 
 
 def training_text(tokenizer: Any, files: Sequence[Path], tokens: int, length: int) -> Tensor:
-    """As many tokens of each file, cut into rows of ``length``, `[rows · length]`."""
+    """As many tokens of each file, cut into rows of ``length`` and shuffled, `[rows · length]`."""
     share = -(-tokens // (len(files) * length)) * length
     parts = [tokenize(tokenizer, file.read_text(encoding="utf-8")[2000 : 2000 + 8 * share])[:share] for file in files]
-    return torch.cat([part[: len(part) // length * length] for part in parts])
+    rows = torch.cat([part[: len(part) // length * length] for part in parts]).view(-1, length)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].flatten()
 
 
-def ranking(model: Any, ids: Tensor, notes: Notes, init: str) -> list[PairLoss]:
-    """The ranking, each layer noted as it is measured."""
+def ranking(model: Any, ids: Tensor, notes: Notes, init: str, reach: int) -> list[PairLoss]:
+    """The ranking, each pair noted as it is measured."""
     key = f"ranking {init}"
     known = [PairLoss(**pair) for pair in notes.found.get(key, [])]
 
@@ -88,17 +89,19 @@ def ranking(model: Any, ids: Tensor, notes: Notes, init: str) -> list[PairLoss]:
         known.append(pair)
         notes.write(key, [vars(one) for one in known])
 
-    return rank_layers(model, ids, init=init, window=len(ids) // 2, known=list(known), done=write)
+    return rank_layers(model, ids, init=init, reach=reach, window=512, known=list(known), done=write)
 
 
-def measure_zero_shot(model: Any, maps: dict[str, tuple[int, ...]], text: Tensor, notes: Notes, test: Any) -> None:
+def measure_zero_shot(
+    model: Any, maps: dict[str, tuple[int, ...]], calibration: Tensor, notes: Notes, test: Any
+) -> None:
     """Every map with every init, without training."""
     for name, sources in maps.items():
         for init in ("copy", "mean", "fit"):
             notes.once(
                 f"{name} {init} zero-shot",
                 lambda sources=sources, init=init: test(
-                    convert_to_cla(model, {"kv_source_layers": sources}, init, text[:4096])
+                    convert_to_cla(model, {"kv_source_layers": sources}, init, calibration)
                 ),
             )
 
@@ -109,7 +112,9 @@ def main() -> None:
     parser.add_argument("--train", type=Path, nargs="+", required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rank-tokens", type=int, default=1024)
+    parser.add_argument("--rank-tokens", type=int, default=2048)
+    parser.add_argument("--reach", type=int, default=3, help="earlier layers each layer tries")
+    parser.add_argument("--fit-tokens", type=int, default=8192)
     parser.add_argument("--test-windows", type=int, default=3)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--consumers", type=int, nargs="+", default=[6, 10, 15])
@@ -117,6 +122,7 @@ def main() -> None:
     parser.add_argument("--heal-tokens", type=int, default=61440)
     parser.add_argument("--heal-minutes", type=float, default=60)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--trainable", choices=("changed", "attention", "all"), default="changed")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     notes = Notes(args.work / "notes.json")
@@ -127,27 +133,33 @@ def main() -> None:
     layers = model.config.num_hidden_layers
     held_out = tokenize(tokenizer, args.test.read_text(encoding="utf-8"))
     text = training_text(tokenizer, args.train, args.heal_tokens, 512)
+    calibration = text[: args.fit_tokens]
 
     def test(one: Any) -> float:
         return perplexity(one, held_out, args.window, max_windows=args.test_windows).perplexity
 
     notes.once("dense", lambda: test(model))
-    ranked = ranking(model, text[-args.rank_tokens :], notes, "fit")
+    ranked = ranking(model, text[-args.rank_tokens :], notes, "fit", args.reach)
     maps: dict[str, tuple[int, ...]] = {}
     for count in args.consumers:
         maps[f"ranked {count}"] = propose_map(ranked, layers, lambda found, n=count: len(set(found)) <= layers - n)
     for count in args.heal:
         name = f"ranked {count} healed"
-        student = convert_to_cla(model, {"kv_source_layers": maps[f"ranked {count}"]}, "fit", text[:4096])
+        student = convert_to_cla(model, {"kv_source_layers": maps[f"ranked {count}"]}, "fit", calibration)
         notes.once(f"ranked {count} fit zero-shot", lambda student=student: test(student))
         evaluate = Evaluate(notes, name, test, every=15, minutes=args.heal_minutes)
         if f"{name} done" not in notes.found:
-            options = {"tokens": args.heal_tokens, "learning_rate": args.learning_rate, "callbacks": [evaluate]}
+            options = {
+                "tokens": args.heal_tokens,
+                "learning_rate": args.learning_rate,
+                "trainable": args.trainable,
+                "callbacks": [evaluate],
+            }
             heal(student, model, text, args.work / f"heal{count}", disable_tqdm=True, **options)
             notes.write(f"{name} done", True)
     for count in args.consumers:
         maps[f"even {count}"] = even_map(layers, count)
-    measure_zero_shot(model, maps, text, notes, test)
+    measure_zero_shot(model, maps, calibration, notes, test)
     write_report(args, notes, maps)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.cla.config import CLAConfig
-from hf_ext.cla.fit import Moments, key_factor, turn_output, turn_queries, value_map
+from hf_ext.cla.fit import Moments, key_factor, match_heads, turn_output, turn_queries, value_map
 from hf_ext.cla.plan import consumers, plan
 from hf_ext.cla.shared import shared_layers
 from hf_ext.flags import HfExtConfig
@@ -129,14 +129,19 @@ def collect_moments(model: Any, pairs: Mapping[int, int], ids: Tensor) -> dict[i
 
 @torch.no_grad()
 def turn_consumer(attention: nn.Module, moments: Moments) -> None:
-    """Turn a consumer's queries and outputs towards its source's keys and values."""
+    """Turn a consumer's queries and outputs towards its source's keys and values, head by matching head."""
+    norm: Any = getattr(attention, "q_norm", None)
+    heads = match_heads(moments, turn_keys=norm is None)
     output: Any = attention.get_submodule("o_proj")
-    output.weight.copy_(turn_output(output.weight, value_map(moments).to(output.weight.device)))
-    if not hasattr(attention, "q_norm"):  # a normalisation between projection and rotation undoes a factor
-        query: Any = projection(attention, "q_proj")
-        factors = key_factor(moments).to(query.weight.device)
-        for parameter in query.parameters():
-            parameter.copy_(turn_queries(parameter, factors))
+    output.weight.copy_(turn_output(output.weight, value_map(moments, heads).to(output.weight.device), heads))
+    query: Any = projection(attention, "q_proj")
+    factors = key_factor(moments, heads).to(query.weight.device)
+    turned = list(query.parameters())
+    if norm is not None:  # a normalisation between projection and rotation undoes a factor, so heads only move
+        factors = torch.ones_like(factors)
+        turned += [weight for weight in norm.parameters() if len(weight) == len(query.weight)]  # one over all heads
+    for parameter in turned:
+        parameter.copy_(turn_queries(parameter, factors, heads))
 
 
 def projection(attention: nn.Module, name: str) -> nn.Module:

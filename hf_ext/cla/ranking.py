@@ -8,7 +8,7 @@ from hf_ext.cla.plan import kv_bytes_per_token
 
 @dataclass(frozen=True)
 class PairLoss:
-    """What it cost when one layer alone read the layer before it.
+    """What it cost when one layer alone read an earlier one.
 
     Attributes:
         layer: the consumer.
@@ -29,11 +29,11 @@ def propose_map(
 ) -> tuple[int, ...]:
     """Add the cheapest pairs one after another until the map fits the budget.
 
-    A pair whose source reads another layer itself joins that group. The losses of single pairs are taken as additive,
-    which they are not; the map is a proposal to be measured.
+    A pair whose source reads another layer itself joins that group; a layer that reads another already keeps to it.
+    The losses of single pairs are taken as additive, which they are not; the map is a proposal to be measured.
 
     Args:
-        losses: one for every layer that may become a consumer.
+        losses: one or more for every layer that may become a consumer.
         layers: how many the model has.
         fits: whether a map is within the budget.
         largest_group: most layers that may use one layer's keys and values.
@@ -45,6 +45,8 @@ def propose_map(
     for pair in sorted(losses, key=lambda pair: pair.nats):
         if fits(sources):
             break
+        if sources[pair.layer] != pair.layer:
+            continue
         root = sources[pair.source]
         joined = [root if source in (pair.layer, root) else source for source in sources]
         if joined.count(root) <= largest_group:

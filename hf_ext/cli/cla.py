@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(rank)
     rank.add_argument("--text", required=True, metavar="FILE", help="some text; - reads standard input")
     rank.add_argument("--tokens", type=int, default=2048, help="tokens of it to use (default: %(default)s)")
+    rank.add_argument("--reach", type=int, default=1, help="earlier layers each layer tries (default: %(default)s)")
     rank.add_argument("--window", type=int, default=512, help="tokens a forward (default: %(default)s)")
     rank.add_argument("--init", choices=("copy", "fit"), default="fit", help="default: %(default)s")
     rank.add_argument("--output", required=True, metavar="JSON", help="written after every layer; continued if there")
@@ -77,7 +78,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
     settings = {
         "model": arguments.model or "default",
         "text": _digest(text),
-        **{name: getattr(arguments, name) for name in ("tokens", "window", "init")},
+        **{name: getattr(arguments, name) for name in ("tokens", "window", "init", "reach")},
     }
     known = read_ranking(output, settings) if output.exists() else []
     model, tokenizer = load(arguments)
@@ -91,6 +92,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
         model,
         ids,
         init=arguments.init,
+        reach=arguments.reach,
         window=arguments.window,
         known=list(known),
         done=write,

@@ -28,6 +28,12 @@ def test_a_pair_joins_its_sources_group_up_to_the_largest():
     assert propose_map(losses(nats), 6, at_most(4), largest_group=2) == (0, 1, 1, 3, 3, 5)
 
 
+def test_a_layer_keeps_to_the_cheapest_of_its_sources():
+    several = [PairLoss(3, 2, 0.5), PairLoss(3, 1, 0.1), PairLoss(2, 1, 0.9), PairLoss(3, 0, 0.2)]
+    assert propose_map(several, 4, at_most(3)) == (0, 1, 2, 1)
+    assert propose_map(several, 4, at_most(2)) == (0, 1, 1, 1)
+
+
 def test_budget_out_of_reach():
     with pytest.raises(ValueError, match="groups of at most 2 layers reaches this budget"):
         propose_map(losses([1.0, 2.0, 3.0]), 4, at_most(1), largest_group=2)

@@ -182,6 +182,37 @@ def test_ranking_finds_the_layer_that_costs_nothing_and_resumes():
         rank_layers(model, TEXT, init="mean")
 
 
+def test_ranking_reaches_further_back():
+    model, near = tiny_model("llama"), rank_layers(tiny_model("llama"), TEXT, init="fit", window=64)
+    far = rank_layers(model, TEXT, init="fit", reach=2, window=64)
+    assert sorted((pair.layer, pair.source) for pair in far) == [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2)]
+    assert [pair for pair in far if pair.layer == pair.source + 1] == near
+    assert rank_layers(model, TEXT, init="fit", reach=2, window=64, known=near) == far
+    with pytest.raises(ValueError, match="reach must be at least 1, got 0"):
+        rank_layers(model, TEXT, reach=0)
+
+
 def test_candidates_stay_within_a_kind():
     kinds = layer_kinds(tiny_config("gemma2"))
-    assert candidates(kinds) == [(2, 0), (3, 1)]
+    assert candidates(kinds) == [(2, 0), (3, 1)] and candidates(kinds, 2) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2"])
+def test_fit_finds_heads_that_changed_places(family):
+    """A layer with the keys and values of the one before it in another order of heads loses nothing."""
+    model = tiny_model(family, num_key_value_heads=2, num_attention_heads=4)
+    first, second = (model.model.layers[layer].self_attn for layer in (0, 1))
+    for silent in (first.o_proj, model.model.layers[0].mlp.down_proj):  # so that both layers see the same states
+        silent.weight.data.zero_()
+    for name in ("k_proj", "v_proj", "k_norm"):
+        for key, parameter in first.named_parameters():
+            if key.startswith(name):
+                swapped = parameter.data
+                if len(parameter) == model.config.num_key_value_heads * first.head_dim:
+                    swapped = parameter.data.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
+                second.get_parameter(key).data.copy_(swapped)
+    batch = {"input_ids": TEXT[None, :64]}
+    shared = {init: convert_to_cla(model, {"kv_source_layers": [0, 0, 2, 3]}, init, TEXT) for init in ("copy", "fit")}
+    dense = model(**batch).logits
+    assert_close("fit", dense, shared["fit"](**batch).logits, 0.02)
+    assert (shared["copy"](**batch).logits - dense).norm() > 10 * (shared["fit"](**batch).logits - dense).norm()
