@@ -5,13 +5,13 @@ Parts, each with a result file of its own in benchmarks/results:
 - ``quality``: prefill 1,024 tokens of WikiText-2 through each cache, score the next 256; a five-digit key hidden in
   prose is asked for, with the question inside and outside the compressed prompt. Peers of the host run in the same
   process when ``benchmarks/.venv-peers`` holds optimum-quanto and hqq.
-- ``bytes``: what each cache holds after 256 to 4,096 tokens.
-- ``speed``: prefill seconds and tokens a second of decoding, interleaved, median. Run it alone on the machine.
+- ``bytes``: what each cache holds after 256 to 4,096 tokens, and what fits into a fixed budget.
+- ``speed``: prefill seconds and tokens a second of decoding, interleaved. Run it alone on the machine.
 - ``plot``: the picture of the first part.
 
 ```bash
 python benchmarks/caches.py quality --data wikitext2/wiki.test.part1.raw
-python benchmarks/caches.py speed --tokens 2048
+python benchmarks/caches.py speed --tokens 2048 --caches "dense,decoquant-4"
 ```
 """
 
@@ -19,217 +19,148 @@ import argparse
 import json
 import math
 import random
+import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _peers  # noqa: F401  (first of all: it extends the path)
 import torch
+from _cache_methods import KIVICache, Make, cache_bytes, methods
 from _run import RESULTS, Report
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache, QuantizedCache
 
-from hf_ext import make_cache
 from hf_ext.caches.base import HfExtCache
 from hf_ext.default_model import load_model
 
+MODEL = "SmolLM2-135M-Instruct"
 PREFILL, SCORED, STRIDE = 1024, 256, 4000
-Make = Callable[[], Any]
-
-
-def grouped(states: Tensor, bits: int) -> Tensor:
-    """Asymmetric round-to-nearest over the last dimension, rebuilt."""
-    low, high = states.amin(-1, keepdim=True), states.amax(-1, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).clamp_min(1e-8)
-    return ((states - low) / step).round() * step + low
-
-
-class KIVICache(DynamicCache):
-    """KIVI's groups (arXiv 2402.02750), simulated: rebuilt numbers are stored, ``bits_per_number`` is what they cost.
-
-    Keys in groups of ``group`` tokens of one channel, values in groups of channels of one token, float16 scale and
-    offset each; the last ``group`` tokens stay as they are. The prompt is quantised after it ran, as in KIVI.
-    """
-
-    def __init__(self, config: Any, bits: int, group: int) -> None:
-        super().__init__(config=config)
-        self.bits, self.group = bits, group
-        self.bits_per_number = bits + 32 / group
-
-    def quantise(self) -> None:
-        """Quantise everything but the last group."""
-        for layer in self.layers:
-            end = max(layer.keys.shape[2] // self.group - 1, 0) * self.group
-            keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
-            by_channel = keys.transpose(2, 3).unflatten(-1, (-1, self.group))
-            layer.keys[:, :, :end] = grouped(by_channel, self.bits).flatten(-2).transpose(2, 3)
-            width = min(self.group, values.shape[-1])
-            layer.values[:, :, :end] = grouped(values.unflatten(-1, (-1, width)), self.bits).flatten(-2)
-
-    def bytes(self) -> int:
-        """What KIVI would store: packed groups, and one group in float16."""
-        total = 0.0
-        for layer in self.layers:
-            per_token = 2 * layer.keys[:, :, 0].numel()
-            end = max(layer.keys.shape[2] // self.group - 1, 0) * self.group
-            total += per_token * (end * self.bits_per_number / 8 + (layer.keys.shape[2] - end) * 2)
-        return int(total)
-
-
-def methods(model: Any, peers: bool = True) -> dict[str, Make]:
-    """Every cache of the comparison."""
-    ours: dict[str, Any] = {
-        "decoquant-8": {"type": "decoquant", "bits": 8},
-        "decoquant-4": {"type": "decoquant", "bits": 4},
-        "decoquant-2": {"type": "decoquant", "bits": 2},
-        "decoquant-4 uniform (released)": {"type": "decoquant", "bits": 4, "method": "uniform"},
-        "pyramid_infer 0.75": {"type": "pyramid_infer", "target_ratio": 0.75},
-        "pyramid_infer 0.45": {"type": "pyramid_infer", "target_ratio": 0.45, "recent_ratio": 0.1},
-        "pyramid_infer_cache 0.45": {"type": "pyramid_infer_cache", "target_ratio": 0.45, "recent_ratio": 0.1},
-        "pyramid 0.75 + decoquant-4": [{"type": "pyramid_infer", "target_ratio": 0.75}, {"type": "decoquant"}],
-        "pyramid 0.75 + decoquant-2": [
-            {"type": "pyramid_infer", "target_ratio": 0.75},
-            {"type": "decoquant", "bits": 2},
-        ],
-    }
-    for kind in ("snapkv", "pyramid_kv", "h2o", "tova", "knorm"):
-        for ratio in (0.75, 0.45):
-            ours[f"{kind} {ratio}"] = {"type": kind, "budget": ratio}
-    ours["snapkv 0.45 + decoquant-4"] = [{"type": "snapkv", "budget": 0.45}, {"type": "decoquant"}]
-    ours["sink_window 0.45"] = {"type": "sink_window", "window_size": int(0.45 * PREFILL) - 4, "sink_size": 4}
-    made: dict[str, Make] = {"dense": lambda: DynamicCache(config=model.config)}
-    made |= {name: (lambda config=config: make_cache(model, config)) for name, config in ours.items()}
-    for bits, group in ((4, 32), (4, 64), (2, 32), (2, 64)):
-        made[f"KIVI groups {bits}-bit/{group}"] = lambda bits=bits, group=group: KIVICache(model.config, bits, group)
-    if peers:
-        made |= host_backends(model)
-    # The comparisons that matter most come first, so that a run that is cut short has them.
-    first = ("dense", "decoquant-4", "decoquant-2", "KIVI groups 4-bit/64", "KIVI groups 2-bit/64")
-    first += ("KIVI groups 2-bit/32", "host quanto-4 axis -1", "host hqq-4", "pyramid_infer 0.75", "snapkv 0.75")
-    first += ("pyramid_kv 0.75", "pyramid 0.75 + decoquant-4", "pyramid 0.75 + decoquant-2", "pyramid_infer 0.45")
-    first += ("snapkv 0.45", "pyramid_kv 0.45", "KIVI groups 4-bit/32", "host quanto-2 axis -1", "host hqq-2")
-    return {name: made[name] for name in (*first, *made) if name in made}
-
-
-def host_backends(model: Any) -> dict[str, Make]:
-    """The host's quantised caches that can be had here."""
-    made: dict[str, Make] = {}
-    wanted = {"host fp8": {"backend": "fp8"}}
-    for bits in (4, 2):
-        wanted[f"host quanto-{bits}"] = {"backend": "quanto", "nbits": bits}
-        wanted[f"host quanto-{bits} axis -1"] = {"backend": "quanto", "nbits": bits, "axis_key": -1, "axis_value": -1}
-        wanted[f"host hqq-{bits}"] = {"backend": "hqq", "nbits": bits, "axis_key": 1, "axis_value": 1}
-    for name, options in wanted.items():
-        try:
-            QuantizedCache(config=model.config, **options)
-        except ImportError as error:
-            print(f"caches: {name} is left out: {str(error).splitlines()[0]}")
-            continue
-        made[name] = lambda options=options: QuantizedCache(config=model.config, **options)
-    return made
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of what a cache holds, codes, scales and everything else."""
-    if isinstance(cache, HfExtCache):
-        return cache.nbytes()
-    if isinstance(cache, KIVICache):
-        return cache.bytes()
-    return sum(tensor_bytes(value) for layer in cache.layers for value in vars(layer).values())
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of the tensors in a value, whatever a backend wraps them in."""
-    if isinstance(value, dict):
-        return sum(map(tensor_bytes, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(tensor_bytes, value))
-    if not isinstance(value, Tensor):
-        return 0
-    inner = [getattr(value, name, None) for name in ("_data", "_scale", "_shift")]
-    if any(isinstance(part, Tensor) for part in inner):
-        return sum(map(tensor_bytes, inner))
-    return value.numel() * value.element_size()
+NEEDLE = 512  # tokens that are compressed when a needle lies in them
+DEPTHS = (0.1, 0.5, 0.9)
+BUDGET = 2**30  # bytes of the fixed budget
+WARMUP = 4  # steps that are not measured
+SIZED = ("dense", "decoquant-8", "decoquant-4", "decoquant-2", "pyramid_infer 0.45", "snapkv 0.45",
+         "pyramid 0.75 + decoquant-4", "pyramid 0.6 + decoquant-2")  # fmt: skip
+FAMILIES = {
+    "black": "dense",
+    "tab:blue": "DecoQuant",
+    "tab:orange": "quantised by others",
+    "tab:green": "PyramidInfer",
+    "tab:gray": "evicting",
+    "tab:red": "stacks",
+}
 
 
 @torch.no_grad()
-def feed(model: Any, ids: Tensor, cache: Any, keep: int = 1) -> Tensor:
-    """Logits ``[keep, V]`` after the last tokens of ``ids [T]``; a simulated quantiser does its work afterwards."""
-    logits: Tensor = model(ids[None], past_key_values=cache, logits_to_keep=keep).logits[0]
-    if isinstance(cache, KIVICache) and ids.numel() > 64:
+def prefill(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Logits ``[1, V]`` after the prompt ``ids [T]``, which the cache compresses afterwards."""
+    logits: Tensor = model(ids[None], past_key_values=cache, logits_to_keep=1).logits[0]
+    if isinstance(cache, KIVICache):
         cache.quantise()
     return logits
 
 
-def continuation(model: Any, ids: Tensor, make: Make, windows: int) -> dict[str, float]:
-    """Perplexity of ``SCORED`` tokens after a prefill of ``PREFILL``, and the bytes held before they were read."""
-    nats, held = 0.0, 0
-    for window in range(windows):
-        x, cache = ids[window * STRIDE : window * STRIDE + PREFILL + SCORED], make()
-        first = feed(model, x[:PREFILL], cache)
-        held += cache_bytes(cache)
-        with torch.no_grad():
-            rest = model(x[None, PREFILL:-1], past_key_values=cache).logits[0]
-        nats += functional.cross_entropy(torch.cat([first, rest]), x[PREFILL:], reduction="sum").item()
-    return {"perplexity": math.exp(nats / (windows * SCORED)), "bytes": held / windows}
+@torch.no_grad()
+def go_on(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Logits ``[T, V]`` after each of ``ids [T]``; these tokens are added to the compressed prompt as they are."""
+    if isinstance(cache, HfExtCache):
+        cache.activate_past_recording()
+    logits: Tensor = model(ids[None], past_key_values=cache).logits[0]
+    return logits
 
 
-def needle(
-    model: Any, tokenizer: Any, prose: str, make: Make, depth: float, key: str, inside: bool
-) -> dict[str, float]:
-    """Log-likelihood (nats) of the hidden key, whether it is the greedy answer, and its correct leading digits."""
-    words = prose.split()
-    cut = int(len(words) * depth)
-    hidden = f" The secret key is {key}. Remember it: {key} is the secret key. "
-    context = "\n".join(["Read this text.", " ".join(words[:cut]) + hidden + " ".join(words[cut:])])
-    question, answer = "\nWhat is the secret key? The secret key is", " " + key
+def continuation(model: Any, ids: Tensor, make: Make) -> tuple[Tensor, int]:
+    """Log-probabilities ``[SCORED, V]`` of what follows a prompt, and the bytes held after the prompt.
+
+    The last token is fed, too, though nothing is asked of it: the host's quantised caches fail at odd lengths.
+    """
     cache = make()
-    encode = lambda text: tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]  # noqa: E731
-    if inside:
-        first = feed(model, encode(context + question), cache)
-    else:
-        feed(model, encode(context), cache)
-        first = feed(model, encode(question), cache)
-    target = encode(answer)
-    with torch.no_grad():
-        rest = model(target[None, :-1], past_key_values=cache).logits[0]
-    logits = torch.cat([first, rest])
-    right = (logits.argmax(-1) == target).tolist()
+    first = prefill(model, ids[:PREFILL], cache)
+    held = cache_bytes(cache)
+    logits = torch.cat([first, go_on(model, ids[PREFILL:], cache)[:-1]])
+    return logits.log_softmax(-1), held
+
+
+def perplexity(model: Any, windows: list[Tensor], make: Make, dense: list[Tensor]) -> dict[str, float]:
+    """Perplexity, its change against the dense cache with its standard error over windows, divergence and bytes."""
+    nats, more, divergence, held = [], [], [], []
+    for ids, reference in zip(windows, dense, strict=True):
+        target = ids[PREFILL:, None]
+        found, size = continuation(model, ids, make)
+        nats.append(-found.gather(1, target).mean())
+        more.append(nats[-1] + reference.gather(1, target).mean())
+        divergence.append((reference.exp() * (reference - found)).sum(-1).mean())
+        held.append(float(size))
+    change = torch.stack(more)
     return {
-        "nats": functional.cross_entropy(logits, target, reduction="sum").item(),
-        "hit": float(all(right)),
-        "leading": float([*right, False].index(False)) / len(right),
+        "perplexity": torch.stack(nats).mean().exp().item(),
+        "change": change.mean().expm1().item(),
+        "change_error": (change.std() / len(change) ** 0.5).item() if len(change) > 1 else math.nan,
+        "divergence": torch.stack(divergence).mean().item(),
+        "bytes": statistics.mean(held),
     }
 
 
-def needles(model: Any, tokenizer: Any, text: str, make: Make, keys: int) -> dict[str, float]:
-    """Means over keys and depths, question inside and outside the compressed prompt."""
-    rng, out = random.Random(0), {}
-    trials = [(str(rng.randrange(10000, 99999)), depth) for _ in range(keys) for depth in (0.1, 0.5, 0.9)]
-    prose = " ".join(text.split()[3000:3520])
+class Needle:
+    """A five-digit key in prose, as token ids: compressed with the question behind it, or without."""
+
+    def __init__(self, tokenizer: Any, prose: Tensor, key: str, depth: float) -> None:
+        def encode(text: str) -> Tensor:
+            ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+            return ids
+
+        self.prose, self.depth = prose, depth
+        self.head = encode("Read this text.\n")
+        self.hidden = encode(f" The secret key is {key}. Remember it: {key} is the secret key.")
+        self.question = encode("\nWhat is the secret key? The secret key is")
+        self.answer = encode(" " + key)
+
+    def context(self, length: int) -> Tensor:
+        """The text ``[length]`` with the key at its depth."""
+        room = length - len(self.head) - len(self.hidden)
+        cut = int(room * self.depth)
+        return torch.cat([self.head, self.prose[:cut], self.hidden, self.prose[cut:room]])
+
+    def ask(self, model: Any, cache: Any, inside: bool) -> dict[str, float]:
+        """Nats of the key, and whether it is the greedy answer, with the question inside the prompt or after it."""
+        if inside:
+            first = prefill(model, torch.cat([self.context(NEEDLE - len(self.question)), self.question]), cache)
+            logits = torch.cat([first, go_on(model, self.answer, cache)])[:-1]
+        else:
+            prefill(model, self.context(NEEDLE), cache)
+            logits = go_on(model, torch.cat([self.question, self.answer]), cache)[-len(self.answer) - 1 : -1]
+        return {
+            "nats": functional.cross_entropy(logits, self.answer, reduction="sum").item(),
+            "hit": float(bool((logits.argmax(-1) == self.answer).all())),
+        }
+
+
+def needles(model: Any, trials: list[Needle], make: Make) -> dict[str, float]:
+    """Means over the trials, with the question inside and outside the compressed prompt."""
+    out = {}
     for where in ("inside", "outside"):
-        found = [needle(model, tokenizer, prose, make, d, key, where == "inside") for key, d in trials]
-        for name in ("nats", "hit", "leading"):
-            out[f"needle_{where}_{name}"] = sum(f[name] for f in found) / len(found)
+        found = [trial.ask(model, make(), where == "inside") for trial in trials]
+        out |= {f"{where}_{name}": statistics.mean(answer[name] for answer in found) for name in ("nats", "hit")}
     return out
 
 
 def run_quality(arguments: argparse.Namespace) -> None:
     """The table of quality against bytes; what an earlier run measured is kept."""
     model, tokenizer = load_model(arguments.model)
-    text = Path(arguments.data).read_text(encoding="utf-8")
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    settings = {"model": arguments.model or "SmolLM2-135M-Instruct", "prefill": PREFILL, "scored": SCORED}
-    report = resume("caches_quality", {**settings, "windows": arguments.windows, "keys": arguments.keys})
+    ids = read_ids(tokenizer, arguments)
+    windows = [ids[i * STRIDE : i * STRIDE + PREFILL + SCORED] for i in range(arguments.windows)]
+    made, rng = methods(model), random.Random(0)
+    dense = [continuation(model, window, made["dense"])[0] for window in windows]
+    keys = [str(rng.randrange(10000, 99999)) for _ in range(arguments.keys)]
+    trials = [Needle(tokenizer, ids[STRIDE * 10 :], key, depth) for key in keys for depth in DEPTHS]
+    sizes = {"prefill": PREFILL, "scored": SCORED, "windows": len(windows), "needles": len(trials), "tokens": NEEDLE}
+    report = resume("caches_quality", {"model": arguments.model or MODEL, **sizes})
     per_token = 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
-    for name, make in methods(model).items():
-        if any(row["cache"] == name for row in report.rows) or (arguments.only and arguments.only not in name):
+    for name, make in chosen(made, arguments.caches).items():
+        if any(row["cache"] == name for row in report.rows):
             continue
         try:
-            row = continuation(model, ids, make, arguments.windows)
-            row |= needles(model, tokenizer, text, make, arguments.keys)
+            row = perplexity(model, windows, make, dense) | needles(model, trials, make)
         except (ValueError, RuntimeError, AssertionError) as error:
             print(f"caches: {name} failed: {str(error).splitlines()[0]}", flush=True)
             continue
@@ -237,84 +168,131 @@ def run_quality(arguments: argparse.Namespace) -> None:
         report.save()
 
 
+def read_ids(tokenizer: Any, arguments: argparse.Namespace) -> Tensor:
+    """The tokens of the text."""
+    text = Path(arguments.data).read_text(encoding="utf-8")
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return ids
+
+
+def chosen(made: dict[str, Make], names: str | None) -> dict[str, Make]:
+    """The caches named in ``names``, separated by commas, or all."""
+    return made if names is None else {name: made[name] for name in names.split(",")}
+
+
 def run_bytes(arguments: argparse.Namespace) -> None:
-    """Bytes held after a prompt, for every cache."""
+    """Bytes held after a prompt, and how much of it fits into a fixed budget.
+
+    Rows of a batch cost the same bytes each, and so does every further token, so that ``rows_in_budget`` follows from
+    one row, and ``context_in_budget`` from a line through the two longest prompts; neither is allocated here.
+    """
     model, tokenizer = load_model(arguments.model)
-    ids = tokenizer(Path(arguments.data).read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-    report = resume("caches_bytes", {"model": arguments.model or "SmolLM2-135M-Instruct"})
-    names = ("dense", "decoquant-8", "decoquant-4", "decoquant-2", "pyramid_infer 0.75", "pyramid 0.75 + decoquant-4")
-    made = methods(model, peers=False)
-    for tokens in (256, 512, 1024, 2048, 4096):
-        for name in names:
-            if any(row["cache"] == name and row["tokens"] == tokens for row in report.rows):
-                continue
-            cache = made[name]()
-            feed(model, ids[:tokens], cache)
-            report.row(cache=name, tokens=tokens, bytes=cache_bytes(cache))
-            report.save()
+    ids = read_ids(tokenizer, arguments)
+    report = Report("caches_bytes", {"model": arguments.model or MODEL, "budget_bytes": BUDGET})
+    for name, make in chosen(methods(model, peers=False), arguments.caches or ",".join(SIZED)).items():
+        held = {}
+        for tokens in (256, 512, 1024, 2048, 4096):
+            cache = make()
+            prefill(model, ids[:tokens], cache)
+            held[tokens] = cache_bytes(cache)
+        per_token = (held[4096] - held[2048]) / 2048
+        report.row(
+            cache=name,
+            **{f"bytes_at_{tokens}": size for tokens, size in held.items()},
+            rows_of_2048_in_budget=BUDGET // held[2048],
+            context_in_budget=int(4096 + (BUDGET - held[4096]) / per_token),
+        )
+    report.save()
 
 
 def run_speed(arguments: argparse.Namespace) -> None:
-    """Prefill once, then interleaved single-token steps of every cache, all started from the same prompt."""
+    """Prefill, then interleaved single-token steps of every cache, all started from the same prompt."""
     model, tokenizer = load_model(arguments.model)
-    text = Path(arguments.data).read_text(encoding="utf-8")
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][: arguments.tokens]
-    batch = ids.expand(arguments.batch, -1)
-    made = methods(model)
-    names = arguments.caches.split(",") if arguments.caches else ["dense", "decoquant-4", "host quanto-4"]
-    report = resume("caches_speed", {"model": arguments.model or "SmolLM2-135M-Instruct"})
-    caches, prefill, steps = {}, {}, {name: [] for name in names}
+    ids = read_ids(tokenizer, arguments)[None, : arguments.tokens]
+    made = chosen(methods(model), arguments.caches)
+    report = resume("caches_speed", {"model": arguments.model or MODEL})
+    caches: dict[str, Any] = {}
+    prefills: dict[str, list[float]] = {name: [] for name in made}
     with torch.no_grad():
-        model(batch[:, :64], logits_to_keep=1)
-        for name in names:
+        model(ids[:, :64], logits_to_keep=1)
+        for name in list(made) * arguments.prefills:
             caches[name] = made[name]()
             start = time.perf_counter()
-            model(batch, past_key_values=caches[name], logits_to_keep=1)
-            prefill[name] = time.perf_counter() - start
-        token = batch[:, -1:]
-        for step in range(arguments.steps + 4):
-            for name in names:
-                start = time.perf_counter()
-                model(token, past_key_values=caches[name])
-                if step >= 4:
-                    steps[name].append(time.perf_counter() - start)
-    for name in names:
+            model(ids, past_key_values=caches[name], logits_to_keep=1)
+            prefills[name].append(time.perf_counter() - start)
+        steps = decode(model, caches, arguments.batch, arguments.steps)
+    for name, seconds in steps.items():
         # Packing in blocks makes single steps uneven, so the mean of all stands beside the median.
-        ordered = sorted(steps[name])
-        mean = sum(ordered) / len(ordered)
         report.row(
             cache=name,
             batch=arguments.batch,
-            steps=arguments.steps,
             tokens=arguments.tokens,
-            prefill_seconds=prefill[name],
-            median_step_ms=1e3 * ordered[len(ordered) // 2],
-            mean_step_ms=1e3 * mean,
-            tokens_per_second=arguments.batch / mean,
+            prefill_seconds=statistics.median(prefills[name]),
+            prefills=arguments.prefills,
+            median_step_ms=1e3 * statistics.median(seconds),
+            mean_step_ms=1e3 * statistics.mean(seconds),
+            tokens_per_second=arguments.batch / statistics.mean(seconds),
+            steps=arguments.steps,
             bytes=cache_bytes(caches[name]),
         )
     report.save()
 
 
+def decode(model: Any, caches: dict[str, Any], batch: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of each of ``steps`` steps of every cache, in turn, of ``batch`` copies of the one row it holds."""
+    token = torch.full((batch, 1), 500)
+    if batch > 1:
+        for cache in caches.values():
+            cache.batch_repeat_interleave(batch)
+    seconds: dict[str, list[float]] = {name: [] for name in caches}
+    for step in range(steps + WARMUP):
+        for name, cache in caches.items():
+            start = time.perf_counter()
+            model(token, past_key_values=cache)
+            if step >= WARMUP:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
 def run_plot(arguments: argparse.Namespace) -> None:
-    """Perplexity and needles against bytes."""
+    """Perplexity, divergence and needles against bytes; a point for each cache, named by a number of the legend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = json.loads((RESULTS / "caches_quality.json").read_text(encoding="utf-8"))["rows"]
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5))
-    for axis, value, label in (
-        (axes[0], "perplexity", "perplexity of the next 256 tokens"),
-        (axes[1], "needle_inside_nats", "nats of a hidden five-digit key"),
-    ):
-        for row in rows:
-            host = row["cache"].startswith(("host", "KIVI"))
-            color = "black" if row["cache"] == "dense" else "tab:orange" if host else "tab:blue"
-            axis.scatter(row["of_float16"], row[value], color=color, s=18)
-            axis.annotate(row["cache"], (row["of_float16"], row[value]), fontsize=6, xytext=(3, 3),
-                          textcoords="offset points")  # fmt: skip
+    panels = {
+        "perplexity": "perplexity of the next 256 tokens",
+        "divergence": "divergence from the dense cache (nats a token)",
+        "inside_nats": "nats of a hidden key, question in the prompt",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(17, 6.4))
+    for axis, (column, label) in zip(axes, panels.items(), strict=True):
+        for color, family in FAMILIES.items():
+            members = [(i, row) for i, row in enumerate(rows, 1) if family_of(row["cache"]) == family]
+            axis.scatter([r["of_float16"] for _, r in members], [max(r[column], 1e-4) for _, r in members],
+                         color=color, s=16, label=family)  # fmt: skip
+            for i, row in members:
+                at = (row["of_float16"], max(row[column], 1e-4))
+                axis.annotate(str(i), at, fontsize=8, xytext=(3, 3), textcoords="offset points", color=color)
         axis.set(xlabel="bytes relative to float16", ylabel=label, xscale="log", yscale="log")
-    figure.tight_layout()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8)
+    names = [f"{i} {row['cache']}" for i, row in enumerate(rows, 1)]
+    lines = ["    ".join(names[i : i + 7]) for i in range(0, len(names), 7)]
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=8, va="bottom")
+    figure.tight_layout(rect=(0, 0.03 + 0.028 * len(lines), 1, 1))
     figure.savefig(RESULTS / "caches_quality.png", dpi=110)
+
+
+def family_of(name: str) -> str:
+    """What kind of cache a row of the table is."""
+    if name == "dense" or name.startswith(("host", "KIVI")):
+        return "dense" if name == "dense" else "quantised by others"
+    if " + " in name:
+        return "stacks"
+    return "DecoQuant" if name.startswith("decoquant") else "PyramidInfer" if "pyramid_infer" in name else "evicting"
 
 
 def resume(stem: str, settings: dict[str, Any]) -> Report:
@@ -333,12 +311,12 @@ def main() -> None:
     parser.add_argument("part", choices=["quality", "bytes", "speed", "plot"])
     parser.add_argument("--data", default="wiki.test.part1.raw", help="a text file")
     parser.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--keys", type=int, default=2)
-    parser.add_argument("--only", help="measure only caches whose name contains this")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=8, help="of perplexity")
+    parser.add_argument("--keys", type=int, default=3, help="hidden at each of three depths")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt, for speed")
+    parser.add_argument("--batch", type=int, default=1, help="rows, for speed")
+    parser.add_argument("--steps", type=int, default=24, help="decoded tokens, for speed")
+    parser.add_argument("--prefills", type=int, default=1, help="of which the median is taken")
     parser.add_argument("--caches", help="names, separated by commas")
     arguments = parser.parse_args()
     {"quality": run_quality, "bytes": run_bytes, "speed": run_speed, "plot": run_plot}[arguments.part](arguments)

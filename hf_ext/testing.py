@@ -7,6 +7,32 @@ from torch import Tensor
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "olmo2")
 
+# For every kind of cache: options so small that 40 tokens meet them, and options under which nothing may be lost.
+SMALL: dict[str, dict[str, Any]] = {
+    "decoquant": {"bits": 8, "first_block": 8, "block_size": 3, "sink_size": 2},
+    "h2o": {"budget": 12, "recent_size": 4},
+    "knorm": {"budget": 12, "recent_size": 4},
+    "pyramid_infer": {"decay": 0.5, "min_context": 2, "sink_size": 2, "generation_block": 4, "voters": 3},
+    "pyramid_infer_cache": {"decay": 0.5, "min_context": 2, "sink_size": 2, "generation_block": 4, "voters": 3},
+    "pyramid_kv": {"budget": 12, "recent_size": 4},
+    "snapkv": {"budget": 12, "recent_size": 4},
+    "tova": {"budget": 12},
+    "sink_window": {"sink_size": 2, "window_size": 14, "block_size": 4},
+    "sirllm": {"sink_size": 2, "memory_size": 8, "recent_size": 6, "block_size": 4},
+}
+LOSSLESS: dict[str, dict[str, Any]] = {
+    "decoquant": {"first_block": 1000},
+    "h2o": {"budget": 200},
+    "knorm": {"budget": 200},
+    "pyramid_infer": {"decay": 1.0, "generation_block": 0},
+    "pyramid_infer_cache": {"decay": 1.0, "generation_block": 0},
+    "pyramid_kv": {"budget": 1.0, "layer_budgets": [1, 1, 1, 1]},
+    "snapkv": {"budget": 200},
+    "tova": {"budget": 200},
+    "sink_window": {"window_size": 200},
+    "sirllm": {"memory_size": 100, "recent_size": 100},
+}
+
 
 def tiny_config(family: str = "llama", **overrides: Any) -> Any:
     """A config of 4 layers, 4 query heads, 2 KV heads and hidden size 64, with a vocabulary of 128 tokens.

@@ -14,6 +14,7 @@ from hf_ext.caches.config import CacheConfig
 from hf_ext.caches.forward import Forward
 from hf_ext.caches.observed import ObservedLayer, note_attended, tell_incoming
 from hf_ext.caches.packed_layer import PackedLayer
+from hf_ext.caches.rotary import check_movable
 from hf_ext.caches.sink_window import check_sizes
 
 BITS = (2, 4, 8)
@@ -34,6 +35,8 @@ class DecoQuantConfig(CacheConfig):
         group: channels of a group that ``"uniform"`` decomposes together; it divides the head dimension.
         query_metric: measure the error of keys by what it does to the scores of the queries seen, with
             ``"allocated"``.
+        pre_rope: pack keys as they were before the rotary embedding, and turn them again when they are read. Reading
+            then rebuilds the keys of one layer at a time, which is slower.
         sink_size: first tokens of each row that are never packed.
         recent_size: latest tokens that are never packed.
         first_block: tokens a row must have before its basis is computed, from all of them.
@@ -47,6 +50,7 @@ class DecoQuantConfig(CacheConfig):
     extra_bits: float | None = None
     group: int = 16
     query_metric: bool = True
+    pre_rope: bool = False
     sink_size: int = 4
     recent_size: int = 0
     first_block: int = 128
@@ -88,6 +92,8 @@ class DecoQuantConfig(CacheConfig):
     def build(self, model: Any, inner: tuple[CacheConfig, ...]) -> "DecoQuantCache":
         """A new cache for ``model``."""
         self.refuse_inner(inner)
+        if self.pre_rope:
+            check_movable(model.get_decoder(), ["full_attention"], "pre_rope decoquant", "leave pre_rope out")
         return DecoQuantCache(self, model)
 
 

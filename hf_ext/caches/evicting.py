@@ -89,10 +89,12 @@ def storage_of(config: CacheConfig, inner: tuple[CacheConfig, ...]) -> DecoQuant
     """The packed storage that a stack asks for.
 
     Raises:
-        ValueError: there is more than one inner cache, or one that is no storage.
+        ValueError: there is more than one inner cache, one that is no storage, or one of keys before RoPE.
     """
     if not inner:
         return None
+    if isinstance(inner[0], DecoQuantConfig) and inner[0].pre_rope:
+        raise ValueError(f"pre_rope keys are turned by their place in the row, which the {config.type} cache changes.")
     if len(inner) > 1 or not isinstance(inner[0], DecoQuantConfig):
         names = ", ".join(member.type for member in inner)
         raise ValueError(f"the {config.type} cache can be put over decoquant alone, got {names}.")

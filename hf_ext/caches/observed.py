@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ext.caches.forward import Forward
 from hf_ext.caches.layer import HfExtLayer
@@ -51,9 +51,9 @@ class ObservedLayer(HfExtLayer):
 
     # --- one forward ---------------------------------------------------------------------------------------------
 
-    def expect(self, incoming: Tensor | None, proved: bool) -> None:
-        """Told before a forward how many of its tokens are real, and whether `attend` is known to be called."""
-        self.incoming, self.proved = incoming, proved
+    def expect(self, incoming: Tensor | None, decoder: nn.Module) -> None:
+        """Told before a forward of ``decoder`` how many of its tokens are real."""
+        self.incoming, self.proved = incoming, decoder in SEAM.proved
         self.attended = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,7 @@ def tell_incoming(layers: list[ObservedLayer], forward: Forward, committed: int)
         fresh = forward.length - (pads - committed).clamp(0, forward.length)
         incoming = None if bool((fresh == forward.length).all()) else fresh
     for layer in layers:
-        layer.expect(incoming, forward.decoder in SEAM.proved)
+        layer.expect(incoming, forward.decoder)
 
 
 def note_attended(layers: list[ObservedLayer], forward: Forward) -> bool:

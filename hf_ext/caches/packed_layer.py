@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ext.caches.observed import SEAM, ObservedLayer
+from hf_ext.caches.rotary import frequencies, move_keys, unrotated_moment
 from hf_ext.kernels.decoquant import RowFormat, encode, fit_allocated, fit_uniform
 from hf_ext.kernels.packed_attention import MAX_NATIVE_QUERIES, PackedRows, packed_attention
 
@@ -46,6 +47,7 @@ class PackedLayer(ObservedLayer):
             setattr(self, name, None)
         self._longest = 0
         self._all_formatted = False
+        self._frequencies: Tensor | None = None
 
     @property
     def stored(self) -> int:
@@ -58,6 +60,11 @@ class PackedLayer(ObservedLayer):
         return self.real_count if self.packed_count is None else self.real_count - self.packed_count
 
     # --- one forward ---------------------------------------------------------------------------------------------
+
+    def expect(self, incoming: Tensor | None, decoder: nn.Module) -> None:
+        """Told before a forward of ``decoder`` how many of its tokens are real."""
+        super().expect(incoming, decoder)
+        self._frequencies = frequencies(decoder, "full_attention") if self.config.pre_rope else None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, H_kv, q, D]``; return all keys and values, or the new ones where `attend` reads the packed."""
@@ -100,7 +107,7 @@ class PackedLayer(ObservedLayer):
         rows = query.shape[1] // key.shape[1] * query.shape[2]
         plain = all(kwargs.get(name) is None for name in UNFUSED) and not kwargs.get("output_attentions")
         self.observe(query, key, value, scaling, module)
-        if plain and not kwargs.get("dropout") and rows <= MAX_NATIVE_QUERIES:
+        if plain and not kwargs.get("dropout") and rows <= MAX_NATIVE_QUERIES and not self.config.pre_rope:
             out = packed_attention(
                 query, self.keys, self.values, self.recent_count, *self.packed_rows(), self.packed_count, scaling
             )
@@ -157,6 +164,8 @@ class PackedLayer(ObservedLayer):
             for row, count in enumerate(ready):
                 begin = capacity - recent[row] + int(self.sink_count[row])
                 x = dense[row, :, begin : begin + count]
+                if side == "key" and count:
+                    x = self._turned(x, int(self.sink_count[row] + self.packed_count[row]), -1)
                 pieces.append(self._encode_row(side, row, x, formatted[row]) if count else None)
             self._store(side, pieces, ready, formatted)
         left = [r - count for r, count in zip(recent, ready, strict=True)]
@@ -173,6 +182,8 @@ class PackedLayer(ObservedLayer):
             row_format = fit_uniform(x, self.config.bits, self.config.group)
         else:
             metric = self.query_moment[row] if side == "key" and self.query_moment is not None else None
+            if metric is not None and self._frequencies is not None:
+                metric = unrotated_moment(metric, x.shape[1], self._frequencies)
             row_format = fit_allocated(x, self.config.row_bytes(x.shape[-1]), metric)
         return (row_format, *encode(x, row_format))
 
@@ -238,7 +249,16 @@ class PackedLayer(ObservedLayer):
             return recent
         sinks = int(self.sink_count[row])
         middle = rows.rebuild(row, packed, torch.promote_types(dense.dtype, torch.float32)).to(dense.dtype)
+        if dense is self.keys:
+            middle = self._turned(middle, sinks, 1)
         return torch.cat([recent[:, :sinks], middle, recent[:, sinks:]], 1)
+
+    def _turned(self, keys: Tensor, begin: int, direction: int) -> Tensor:
+        """Keys ``[H, n, D]`` of the tokens from place ``begin`` on, rotated to (1) or from (-1) their places."""
+        if self._frequencies is None:
+            return keys
+        places = direction * torch.arange(begin, begin + keys.shape[1], device=keys.device)
+        return move_keys(keys[None], places[None], self._frequencies)[0]
 
     # --- dropping ------------------------------------------------------------------------------------------------
 

@@ -35,14 +35,25 @@ def frequencies(decoder: nn.Module, layer_type: str) -> Tensor:
     return rotary.inv_freq if found is None else found
 
 
-def check_movable(decoder: nn.Module, layer_types: list[str], cache: str) -> None:
+def unrotated_moment(moment: Tensor, length: int, frequencies: Tensor, samples: int = 32) -> Tensor:
+    """The second moment ``[D, D]`` that queries show to a key before its rotation, averaged over its positions.
+
+    A key ``k`` at position ``p`` meets a rotated query ``q`` as ``q . R(p) k = (R(-p) q) . k``, so the moment
+    ``E[q q^T]`` becomes the mean over ``p < length`` of ``R(-p) E[q q^T] R(p)``, here of ``samples`` of them.
+    """
+    shift = -torch.linspace(0, max(length - 1, 0), samples, device=moment.device).round()[:, None]
+    one_side = move_keys(moment.float().expand(samples, 1, -1, -1), shift, frequencies)
+    return move_keys(one_side.transpose(-1, -2), shift, frequencies).mean((0, 1))
+
+
+def check_movable(decoder: nn.Module, layer_types: list[str], cache: str, advice: str = "") -> None:
     """Refuse models whose keys `move_keys` would not move as the model itself places them; tried on random keys.
 
     Raises:
         ValueError: the model has no RoPE, one whose frequencies depend on the text's length, or not a half-split one.
     """
     name = type(decoder).__name__
-    advice = f'use positions="original" with the {cache} cache'
+    advice = advice or f'use positions="original" with the {cache} cache'
     rotary = getattr(decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
     if rotary is None or apply is None:

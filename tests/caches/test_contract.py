@@ -1,4 +1,4 @@
-"""What every registered cache keeps true. A new cache joins with one line in `SMALL` and one in `LOSSLESS`."""
+"""What every registered cache keeps true. A new cache joins with one line in each table of `hf_ext.testing`."""
 
 import copy
 import pickle
@@ -9,38 +9,11 @@ from transformers import DynamicCache
 
 from hf_ext import make_cache
 from hf_ext.registry import CACHES
-from hf_ext.testing import assert_close, ragged_batch, tiny_model
-
-# Options so small that 40 tokens meet them, and options under which nothing at all may change (None: there are none).
-SMALL = {
-    "decoquant": {"bits": 8, "first_block": 8, "block_size": 3, "sink_size": 2},
-    "h2o": {"budget": 12, "recent_size": 4},
-    "knorm": {"budget": 12, "recent_size": 4},
-    "pyramid_infer": {"decay": 0.5, "min_context": 2, "sink_size": 2, "generation_block": 4, "voters": 3},
-    "pyramid_infer_cache": {"decay": 0.5, "min_context": 2, "sink_size": 2, "generation_block": 4, "voters": 3},
-    "pyramid_kv": {"budget": 12, "recent_size": 4},
-    "snapkv": {"budget": 12, "recent_size": 4},
-    "tova": {"budget": 12},
-    "sink_window": {"sink_size": 2, "window_size": 14, "block_size": 4},
-    "sirllm": {"sink_size": 2, "memory_size": 8, "recent_size": 6, "block_size": 4},
-}
-LOSSLESS = {
-    "decoquant": {"first_block": 1000},
-    "h2o": {"budget": 200},
-    "knorm": {"budget": 200},
-    "pyramid_infer": {"decay": 1.0, "generation_block": 0},
-    "pyramid_infer_cache": {"decay": 1.0, "generation_block": 0},
-    "pyramid_kv": {"budget": 1.0, "layer_budgets": [1, 1, 1, 1]},
-    "snapkv": {"budget": 200},
-    "tova": {"budget": 200},
-    "sink_window": {"window_size": 200},
-    "sirllm": {"memory_size": 100, "recent_size": 100},
-}
+from hf_ext.testing import LOSSLESS, SMALL, assert_close, ragged_batch, tiny_model
 
 FULL_ATTENTION_ONLY = {"pyramid_infer"}  # refuses models with sliding-window layers by a sentence
 
 ALL = pytest.mark.parametrize("kind", sorted(CACHES))
-WITHOUT_LOSS = pytest.mark.parametrize("kind", [kind for kind in sorted(CACHES) if LOSSLESS.get(kind) is not None])
 PROMPT = ragged_batch([12, 7, 3])
 
 
@@ -64,7 +37,7 @@ def test_every_registered_cache_is_tested_here(kind):
     assert kind in LOSSLESS
 
 
-@WITHOUT_LOSS
+@ALL
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_with_room_for_all_it_is_dynamic_cache_bit_for_bit(kind, attention):
     model = tiny_model(attn_implementation=attention)
@@ -74,7 +47,7 @@ def test_with_room_for_all_it_is_dynamic_cache_bit_for_bit(kind, attention):
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, host.logits, strict=True))
 
 
-@WITHOUT_LOSS
+@ALL
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 3}, {"prefill_chunk_size": 5}, {"prompt_lookup_num_tokens": 3}],
@@ -182,9 +155,8 @@ def test_files_that_are_no_such_cache_are_refused(kind, tmp_path):
     cache.save(path)
     with pytest.raises(ValueError, match="layers"):
         make_cache(tiny_model(num_hidden_layers=2), kind, **SMALL[kind]).load(path)
-    if LOSSLESS[kind]:
-        with pytest.raises(ValueError, match="options"):
-            make_cache(model, kind, **LOSSLESS[kind]).load(path)
+    with pytest.raises(ValueError, match="options"):
+        make_cache(model, kind, **LOSSLESS[kind]).load(path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="no whole safetensors file"):
         small(model, kind).load(path)

@@ -1,0 +1,134 @@
+"""The caches that benchmarks/caches.py compares: ours, KIVI's groups (simulated) and the host's quantised caches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import _peers  # noqa: F401  (first of all: it extends the path)
+from torch import Tensor
+from transformers import DynamicCache, QuantizedCache
+
+from hf_ext import make_cache
+from hf_ext.caches.base import HfExtCache
+
+Make = Callable[[], Any]
+
+DECO4, DECO2 = {"type": "decoquant", "bits": 4}, {"type": "decoquant", "bits": 2}
+
+
+def pyramid(ratio: float, kind: str = "pyramid_infer", recent: float = 0.1, **options: Any) -> dict[str, Any]:
+    """PyramidInfer that keeps ``ratio`` of all keys and values."""
+    return {"type": kind, "target_ratio": ratio, "recent_ratio": recent, **options}
+
+
+def ours() -> dict[str, Any]:
+    """Options of our caches by the name they have in the tables."""
+    table: dict[str, Any] = {
+        "decoquant-8": {"type": "decoquant", "bits": 8},
+        "decoquant-4": DECO4,
+        "decoquant-4 +0.5 bit": {**DECO4, "extra_bits": 0.5},
+        "decoquant-4 pre-RoPE": {**DECO4, "pre_rope": True},
+        "decoquant-4 uniform (released)": {**DECO4, "method": "uniform"},
+        "decoquant-2": DECO2,
+        "decoquant-2 pre-RoPE": {**DECO2, "pre_rope": True},
+        "sink_window 0.45": {"type": "sink_window", "window_size": int(0.45 * 1024) - 4},
+        "pyramid_infer released 7b": {"type": "pyramid_infer"},
+        "pyramid 0.75 + decoquant-4": [pyramid(0.75), DECO4],
+        "pyramid 0.75 + decoquant-2": [pyramid(0.75), DECO2],
+        "pyramid 0.6 + decoquant-2": [pyramid(0.6), DECO2],
+        "pyramid cache 0.75 + decoquant-4": [pyramid(0.75, "pyramid_infer_cache"), DECO4],
+        "snapkv 0.5 + decoquant-4": [{"type": "snapkv", "budget": 0.5}, DECO4],
+        "snapkv 0.75 + decoquant-2": [{"type": "snapkv", "budget": 0.75}, DECO2],
+    }
+    for ratio in (0.75, 0.45):
+        table[f"pyramid_infer {ratio}"] = pyramid(ratio)
+        table[f"pyramid_infer_cache {ratio}"] = pyramid(ratio, "pyramid_infer_cache")
+        for kind in ("snapkv", "pyramid_kv", "h2o", "tova", "knorm"):
+            table[f"{kind} {ratio}"] = {"type": kind, "budget": ratio}
+    return table
+
+
+def methods(model: Any, peers: bool = True) -> dict[str, Make]:
+    """Every cache of the comparison; the dense one first."""
+    made: dict[str, Make] = {"dense": lambda: DynamicCache(config=model.config)}
+    made |= {name: lambda config=config: make_cache(model, config) for name, config in ours().items()}
+    for bits, group in ((4, 32), (4, 64), (2, 32), (2, 64)):
+        made[f"KIVI groups {bits}-bit/{group}"] = lambda bits=bits, group=group: KIVICache(model.config, bits, group)
+    return made | (host_backends(model) if peers else {})
+
+
+def host_backends(model: Any) -> dict[str, Make]:
+    """The host's quantised caches that can be had here."""
+    made: dict[str, Make] = {}
+    wanted = {"host fp8": {"backend": "fp8"}}
+    for bits in (4, 2):
+        wanted[f"host quanto-{bits}"] = {"backend": "quanto", "nbits": bits}
+        wanted[f"host quanto-{bits} axis -1"] = {"backend": "quanto", "nbits": bits, "axis_key": -1, "axis_value": -1}
+        wanted[f"host hqq-{bits}"] = {"backend": "hqq", "nbits": bits, "axis_key": 1, "axis_value": 1}
+    for name, options in wanted.items():
+        try:
+            QuantizedCache(config=model.config, **options)
+        except ImportError as error:
+            print(f"caches: {name} is left out: {str(error).splitlines()[0]}")
+            continue
+        made[name] = lambda options=options: QuantizedCache(config=model.config, **options)
+    return made
+
+
+def grouped(states: Tensor, bits: int) -> Tensor:
+    """Asymmetric round-to-nearest over the last dimension, rebuilt."""
+    low, high = states.amin(-1, keepdim=True), states.amax(-1, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).clamp_min(1e-8)
+    return ((states - low) / step).round() * step + low
+
+
+class KIVICache(DynamicCache):
+    """KIVI's groups (arXiv 2402.02750), simulated: rebuilt numbers are stored, ``bits_per_number`` is what they cost.
+
+    Keys in groups of ``group`` tokens of one channel, values in groups of channels of one token, float16 scale and
+    offset each; the last ``group`` tokens stay as they are. The prompt is quantised after it ran, as in KIVI.
+    """
+
+    def __init__(self, config: Any, bits: int, group: int) -> None:
+        super().__init__(config=config)
+        self.bits, self.group = bits, group
+        self.bits_per_number = bits + 32 / group
+
+    def quantise(self) -> None:
+        """Quantise everything but the last group."""
+        for layer in self.layers:
+            end = max(layer.keys.shape[2] // self.group - 1, 0) * self.group
+            keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
+            by_channel = keys.transpose(2, 3).unflatten(-1, (-1, self.group))
+            layer.keys[:, :, :end] = grouped(by_channel, self.bits).flatten(-2).transpose(2, 3)
+            width = min(self.group, values.shape[-1])
+            layer.values[:, :, :end] = grouped(values.unflatten(-1, (-1, width)), self.bits).flatten(-2)
+
+    def nbytes(self) -> int:
+        """What KIVI would store: packed groups, and one group in float16."""
+        total = 0.0
+        for layer in self.layers:
+            per_token = 2 * layer.keys[:, :, 0].numel()
+            end = max(layer.keys.shape[2] // self.group - 1, 0) * self.group
+            total += per_token * (end * self.bits_per_number / 8 + (layer.keys.shape[2] - end) * 2)
+        return int(total)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of what a cache holds, codes, scales and everything else."""
+    if isinstance(cache, HfExtCache | KIVICache):
+        return cache.nbytes()
+    return sum(tensor_bytes(value) for layer in cache.layers for value in vars(layer).values())
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in a value, whatever a backend wraps them in."""
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(tensor_bytes, value))
+    if not isinstance(value, Tensor):
+        return 0
+    inner = [getattr(value, name, None) for name in ("_data", "_scale", "_shift")]
+    if any(isinstance(part, Tensor) for part in inner):
+        return sum(map(tensor_bytes, inner))
+    return value.numel() * value.element_size()
