@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -40,6 +41,7 @@ class HfExtCache(RowState, Cache):
         self.record_past = False
         self.model_signature = _signature(text_config)
         self._forward: Forward | None = None
+        self._sums: list[Tensor] = []  # of this forward's keys and values: finite if and only if they are
         self._host_layers: list[tuple[Any, dict[str, Any]]] = []
         self._decoder: weakref.ref[nn.Module] | None = weakref.ref(model.get_decoder())
 
@@ -72,12 +74,18 @@ class HfExtCache(RowState, Cache):
                 f"this {type(self).__name__} was made for another model; make one with make_cache(model)."
             )
         self.undo_interrupted()
-        self._forward = forward
+        self._forward, self._sums = forward, []
         host = [layer for layer in self.layers if not isinstance(layer, HfExtLayer)]
         self._host_layers = [(layer, dict(vars(layer))) for layer in host]
 
     def end_forward(self, forward: Forward, hidden_states: Tensor) -> None:
-        """Take note that the forward ran to its end with these final hidden states ``[B, q, hidden]``."""
+        """Take note that the forward ran to its end with these final hidden states ``[B, q, hidden]``.
+
+        Raises:
+            ValueError: keys or values were NaN or infinite; the next forward takes this one back.
+        """
+        if not bool(torch.stack([total.to(forward.device) for total in self._sums]).isfinite().all()):
+            raise ValueError(f"keys or values that are NaN or infinite cannot be kept in a {type(self).__name__}.")
         self._forward, self._host_layers = None, []
         self.committed += forward.length
         if not self.record_past:
@@ -113,6 +121,7 @@ class HfExtCache(RowState, Cache):
                 f"{type(self).__name__} was not told of this forward: the model has no hooks for it. Make the cache "
                 f"with hf_ext.make_cache(model, ...) for exactly this model."
             )
+        self._sums.append(key_states.sum(dtype=torch.float32) + value_states.sum(dtype=torch.float32))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -225,7 +234,7 @@ class HfExtCache(RowState, Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling: without the model, so that the first model that uses the copy is its model."""
-        return {**vars(self), "_decoder": None, "_forward": None, "_host_layers": []}
+        return {**vars(self), "_decoder": None, "_forward": None, "_sums": [], "_host_layers": []}
 
 
 def _signature(config: Any) -> str:

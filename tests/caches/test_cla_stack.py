@@ -5,7 +5,7 @@ import torch
 from transformers import cache_utils
 
 from hf_ext import HfExtConfig, make_cache
-from hf_ext.testing import assert_close, ragged_batch, tiny_config
+from hf_ext.testing import SMALL, assert_close, ragged_batch, tiny_config
 
 pytestmark = pytest.mark.skipif(
     not hasattr(cache_utils, "KVSharingDict"), reason="Cross-Layer Attention needs transformers 5.23"
@@ -22,9 +22,11 @@ def cla_model():
     return AutoModelForCausalLM.from_config(config).eval().double()
 
 
-@pytest.mark.parametrize("stack", [[PACKED], [{"type": "snapkv", "budget": 12, "recent_size": 4}],
-                                   [{"type": "snapkv", "budget": 12, "recent_size": 4}, PACKED],
-                                   [{"type": "tova", "budget": 12}]], ids=str)  # fmt: skip
+ALONE = [[{"type": kind, **options}] for kind, options in sorted(SMALL.items())]
+STACKED = [[*alone, PACKED] for alone in ALONE if alone[0]["type"] in ("snapkv", "h2o", "tova", "pyramid_infer_cache")]
+
+
+@pytest.mark.parametrize("stack", ALONE + STACKED, ids=lambda stack: "+".join(member["type"] for member in stack))
 def test_rows_are_independent_and_half_the_layers_store(stack):
     model = cla_model()
     batch = ragged_batch([20, 9])

@@ -242,6 +242,44 @@ def test_it_keeps_the_models_dtype(kind, dtype):
 
 
 @ALL
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_keys_that_are_not_finite_are_refused(kind, bad):
+    model = tiny_model()
+    cache, ids = small(model, kind), torch.randint(3, 128, (1, 30))
+    feed(model, cache, ids)
+    weight = model.model.layers[1].self_attn.k_proj.weight.data
+    weight[0, 0], right = bad, weight[0, 0].clone()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        feed(model, cache, ids)
+    weight[0, 0] = right
+    assert torch.isfinite(feed(model, cache, ids)).all()
+    assert cache.get_seq_length() == 60
+
+
+@ALL
+def test_a_row_of_padding_alone_stays_finite(kind):
+    model = tiny_model()
+    cache, mask = small(model, kind), torch.ones(2, 33, dtype=torch.long)
+    mask[0, :30] = 0
+    with torch.no_grad():
+        model(torch.randint(3, 128, (2, 30)), attention_mask=mask[:, :30], past_key_values=cache)
+        for end in range(31, 34):
+            out = model(torch.randint(3, 128, (2, 1)), attention_mask=mask[:, :end], past_key_values=cache)
+            assert torch.isfinite(out.logits).all()
+
+
+@ALL
+def test_a_prompt_of_one_token_will_do(kind):
+    model = tiny_model()
+    inputs = ragged_batch([1])
+    ours, host = (
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        for cache in (small(model, kind), DynamicCache(config=model.config))
+    )
+    assert torch.equal(ours, host)
+
+
+@ALL
 def test_models_it_cannot_serve_are_refused(kind):
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -117,7 +117,7 @@ def recomputed(model, pieces):
 
 
 @ALL
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(operations=st.lists(st.sampled_from(MOVES), min_size=4, max_size=8))
 def test_a_row_is_its_own_history(model, kind, operations):
     def make():
@@ -132,7 +132,7 @@ def test_a_row_is_its_own_history(model, kind, operations):
 
 
 @ALL
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(operations=st.lists(st.sampled_from(MOVES), min_size=4, max_size=8))
 def test_with_room_for_all_a_row_is_its_tokens(model, kind, operations):
     rows = Rows(model, lambda: make_cache(model, kind, **LOSSLESS[kind]))
