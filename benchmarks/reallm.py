@@ -5,7 +5,8 @@
 Every method runs in a process of its own, which also measures its peak memory, and its row is kept in ``--work``: an
 interrupted run goes on where it stopped. Perplexity is taken on non-overlapping windows of the text, tokenised once.
 The default model's weights already lie on a 4-bit grid of groups of 32 columns, so 4-bit rows say little about other
-models, and no row uses that grouping. Calibration text must not be related to the text measured.
+models, and no row uses that grouping. Calibration text must not be related to the text measured. HQQ and quanto are
+imported from wherever they are installed; ``pip install --no-deps hqq optimum-quanto einops termcolor`` is enough.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,19 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "float32": None,
     "reallm-3": {"budget": 3.25, "low_rank_bits": 8, "calibrated": True},
     "reallm-2": {"budget": 2.45, "low_rank_bits": 8, "calibrated": True},
-    "reallm-3 one shape": {"bits": 3, "rank": 4, "calibrated": True},
-    "reallm-2 one shape": {"bits": 2, "rank": 4, "calibrated": True},
+    "reallm-3 one shape": {"bits": 3, "rank": 10, "low_rank_bits": 8, "calibrated": True},
+    "reallm-2 one shape": {"bits": 2, "rank": 16, "low_rank_bits": 8, "calibrated": True},
     "reallm-4": {"bits": 4, "rank": 2, "calibrated": True},
     "reallm-3 data-free": {"bits": 3, "rank": 4},
     "GPTQ-3": {"bits": 3, **ROUNDING, "calibrated": True},
     "RTN-3": {"bits": 3, **ROUNDING},
     "RTN-2": {"bits": 2, **ROUNDING},
     "NF4 (bitsandbytes)": None,
+    "HQQ-4": None,
+    "HQQ-3": None,
+    "HQQ-2": None,
+    "quanto int4": None,
+    "quanto int2": None,
     # what each ingredient buys, at 3 bits and one shape
     "3 bits: no low rank": {"bits": 3, "rank": 0, "calibrated": True},
     "3 bits: no feedback": {"bits": 3, "rank": 4, "feedback": False, "calibrated": True},
@@ -61,7 +66,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--calibration-windows", type=int, default=16)
-    parser.add_argument("--work", default="out/reallm", help="where finished rows are kept")
+    parser.add_argument("--work", default="out/reallm", help="where finished rows and ReALLM models are kept")
     parser.add_argument("--one", choices=list(METHODS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -79,7 +84,7 @@ def main() -> None:
 
 def _row(method: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The row of a method, from an earlier run or from a process of its own; None if it was not asked for."""
-    kept = Path(arguments.work, f"{method.replace(' ', '_')}-{arguments.window}x{arguments.windows}.json")
+    kept = _place(method, arguments).with_suffix(f".{arguments.window}x{arguments.windows}.json")
     if not kept.exists():
         if method not in arguments.only:
             return None
@@ -91,6 +96,10 @@ def _row(method: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
     return row
 
 
+def _place(method: str, arguments: argparse.Namespace) -> Path:
+    return Path(arguments.work, method.replace(" ", "_").replace(":", ""))
+
+
 def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Quantise by one method and measure."""
     from hf_ext.default_model import load_model
@@ -99,10 +108,12 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     before = time.perf_counter()
     if method.startswith("NF4"):
         model, tokenizer, bits = _nf4(arguments)
+    elif method.startswith(("HQQ", "quanto")):
+        model, tokenizer, bits = _peer(method, arguments)
     elif METHODS[method] is None:
         (model, tokenizer), bits = load_model(arguments.model), {"linear": 32.0}
     else:
-        model, tokenizer, bits = _reallm(METHODS[method] or {}, arguments)
+        model, tokenizer, bits = _reallm(METHODS[method] or {}, arguments, _place(method, arguments))
     seconds = time.perf_counter() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     ids = tokenize(tokenizer, Path(arguments.text).read_text(encoding="utf-8"))
@@ -118,7 +129,7 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _reallm(options: dict[str, Any], arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, float]]:
+def _reallm(options: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> tuple[Any, Any, dict[str, float]]:
     from hf_ext import ReALLMConfig
     from hf_ext.default_model import load_model
     from hf_ext.quant.integrity import bits_on_disk
@@ -128,9 +139,8 @@ def _reallm(options: dict[str, Any], arguments: argparse.Namespace) -> tuple[Any
     if options.pop("calibrated", False):
         options |= {"calibration": arguments.calibration, "windows": arguments.calibration_windows}
     model, tokenizer = load_model(arguments.model, quantization_config=ReALLMConfig(**options))
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        bits = bits_on_disk(folder)
+    model.save_pretrained(folder)
+    bits = bits_on_disk(folder)
     set_decode_mode(model, "once")
     return model, tokenizer, bits
 
@@ -149,6 +159,41 @@ def _nf4(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, float]]:
             stored += module.weight.numel() + 4 * state.absmax.numel()
             weights += state.shape.numel()
     return model, tokenizer, {"linear": 8 * stored / weights}
+
+
+def _peer(method: str, arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, float]]:
+    """HQQ in groups of 64 and optimum-quanto in its own groups, with 16 bits for each scale and shift as they keep."""
+    from hf_ext.default_model import load_model
+
+    model, tokenizer = load_model(arguments.model)
+    stored = weights = 0.0
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in LINEAR:
+            width = int(method[-1])
+            quantize = _hqq if method.startswith("HQQ") else _quanto
+            dense, groups = quantize(module.weight.detach(), width)
+            module.weight.data = dense
+            stored += width * dense.numel() + 2 * 16 * groups
+            weights += dense.numel()
+    return model, tokenizer, {"linear": stored / weights}
+
+
+def _hqq(weight: torch.Tensor, width: int) -> tuple[torch.Tensor, int]:
+    from hqq.core.quantize import Quantizer
+
+    options = {"group_size": 64, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
+    packed, found = Quantizer.quantize(weight, nbits=width, **options)
+    return Quantizer.dequantize(packed, found).view_as(weight), found["scale"].numel()
+
+
+def _quanto(weight: torch.Tensor, width: int) -> tuple[torch.Tensor, int]:
+    from optimum.quanto import freeze, qint2, qint4, quantize
+
+    holder = torch.nn.Sequential(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+    holder[0].weight.data = weight
+    quantize(holder, weights={2: qint2, 4: qint4}[width])
+    freeze(holder)
+    return holder[0].weight.dequantize().detach(), holder[0].weight._scale.numel()
 
 
 if __name__ == "__main__":

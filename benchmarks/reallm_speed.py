@@ -1,4 +1,4 @@
-"""Decoding and prefill speed of ReALLM layers against bfloat16 and bitsandbytes NF4, in one run, taken in turn.
+"""Decoding and prefill speed of ReALLM layers against bfloat16, NF4 and quanto, in one run, taken in turn.
 
     python benchmarks/reallm_speed.py [--repeats 5]
 
@@ -35,10 +35,12 @@ def main() -> None:
     models: dict[str, Any] = {
         "bfloat16": _load(arguments.model),
         "NF4 (bitsandbytes)": _load(arguments.model, nf4=True),
+        "quanto int4": _quanto(_load(arguments.model)),
         "ReALLM 3 bits": _random_codes(_load(arguments.model), MatrixShape(2, 6, rank=4, permute=True)),
         "ReALLM 2 bits": _random_codes(_load(arguments.model), MatrixShape(4, 8, rank=4, permute=True)),
     }
-    with torch.inference_mode():
+    models = {name: model for name, model in models.items() if model is not None}
+    with torch.no_grad():  # quanto's tensors do not work in inference mode
         readers = {name: partial(_prefill, model, arguments.prefill) for name, model in models.items()}
         prefill = report.interleaved(readers, arguments.repeats)
         decoders = {name: _decoder(model, arguments.tokens) for name, model in models.items()}
@@ -66,6 +68,17 @@ def _load(name: str | None, nf4: bool = False) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     return load_model(name, dtype=torch.bfloat16, **options)[0]
+
+
+def _quanto(model: Any) -> Any:
+    """The model with the int4 weights of optimum-quanto, or None where that is not installed."""
+    try:
+        from optimum.quanto import freeze, qint4, quantize
+    except ImportError:
+        return None
+    quantize(model, weights=qint4, exclude="lm_head")
+    freeze(model)
+    return model
 
 
 def _random_codes(model: Any, shape: Any) -> Any:
@@ -115,8 +128,11 @@ def _linear_bytes(model: Any) -> tuple[int, int]:
             held += sum(part.nbytes for part in parts.values())
         elif isinstance(module, torch.nn.Linear) and "lm_head" not in name:
             state = getattr(module.weight, "quant_state", None)
-            stored += module.weight.nbytes + (0 if state is None else state.absmax.nbytes)
-            held += module.weight.nbytes + (0 if state is None else state.absmax.nbytes)
+            size = module.weight.nbytes + (0 if state is None else state.absmax.nbytes)
+            if hasattr(module.weight, "_shift"):  # quanto: packed values, a scale and a shift for each group
+                packed = module.weight._data._data
+                size = packed.nbytes + module.weight._scale.nbytes + module.weight._shift.nbytes
+            stored, held = stored + size, held + size
     return held, stored
 
 

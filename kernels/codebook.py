@@ -29,8 +29,9 @@ class CodebookWeight:
         group: columns per scale; a multiple of ``d`` unless there is one group.
         zeros: ``[out, groups]`` added after scaling, or None.
         perm: integers ``[in]``, the column that each position stands for, or None for columns in their own order.
-        lr_a: ``[r, in]``, or None without a low-rank term.
+        lr_a: ``[r, in]``, float or int8, or None without a low-rank term.
         lr_b: ``[out, r]``; the term is ``lr_b @ lr_a``.
+        lr_scale: ``[r]`` float32, between the two where they are int8, else None.
     """
 
     qweight: Tensor
@@ -43,6 +44,7 @@ class CodebookWeight:
     perm: Tensor | None = None
     lr_a: Tensor | None = None
     lr_b: Tensor | None = None
+    lr_scale: Tensor | None = None
 
 
 def decode_reference(weight: CodebookWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,7 +72,7 @@ def codebook_linear(x: Tensor, weight: CodebookWeight, bias: Tensor | None = Non
     if y is None:
         y = _CodebookProduct.apply(x, weight) if differentiable else _multiply(x, weight)
         if weight.lr_a is not None and weight.lr_b is not None:
-            y = y + low_rank_product(x, weight.lr_a, weight.lr_b)
+            y = y + low_rank_product(x, weight.lr_a, weight.lr_b, weight.lr_scale)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -78,13 +80,26 @@ def codebook_linear_reference(x: Tensor, weight: CodebookWeight, bias: Tensor | 
     """The same product from the dense weight, in float32."""
     dense = decode_reference(weight)
     if weight.lr_a is not None and weight.lr_b is not None:
-        dense = dense + weight.lr_b.float() @ weight.lr_a.float()
+        scale = 1 if weight.lr_scale is None else weight.lr_scale
+        dense = dense + (weight.lr_b.float() * scale) @ weight.lr_a.float()
     return torch.nn.functional.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
 
 
-def low_rank_product(x: Tensor, lr_a: Tensor, lr_b: Tensor) -> Tensor:
+def low_rank_product(x: Tensor, lr_a: Tensor, lr_b: Tensor, lr_scale: Tensor | None = None) -> Tensor:
     """``x @ lr_a.T @ lr_b.T`` in the type of ``x``: the same operations, in the same order, as a LoRA adapter's."""
+    lr_a, lr_b = float_factors(lr_a, lr_b, lr_scale)
     return torch.nn.functional.linear(torch.nn.functional.linear(x, lr_a.to(x.dtype)), lr_b.to(x.dtype))
+
+
+def float_factors(lr_a: Tensor, lr_b: Tensor, lr_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factors of the low-rank term without ``lr_scale``, which both share alike.
+
+    So neither overflows in float16, and both are of a size that one learning rate suits.
+    """
+    if lr_scale is None:
+        return lr_a, lr_b
+    root = lr_scale.sqrt()
+    return lr_a * root[:, None], lr_b * root
 
 
 def scale_groups(values: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:

@@ -13,7 +13,7 @@
 
 namespace {
 
-enum Type : int32_t { F32 = 0, F16 = 1, BF16 = 2 };
+enum Type : int32_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3 };
 
 float half_to_float(uint16_t h) {
 #if defined(__F16C__)
@@ -59,6 +59,7 @@ uint16_t float_to_bfloat(float value) {
 
 float read(const void *data, int64_t index, int32_t type) {
     if (type == F32) return static_cast<const float *>(data)[index];
+    if (type == I8) return static_cast<const int8_t *>(data)[index];
     uint16_t bits = static_cast<const uint16_t *>(data)[index];
     return type == F16 ? half_to_float(bits) : bfloat_to_float(bits);
 }
@@ -178,6 +179,7 @@ struct Weight {
     const void *perm;        // [in] or null
     const void *lr_a;        // [rank, in] or null
     const void *lr_b;        // [out, rank]
+    const float *lr_scale;   // [rank] or null; int8 factors have one
     int64_t out, in, row_bytes, group, groups, rank;
     int32_t bits, size, width, scale_type, perm_bytes, lr_type;
 };
@@ -202,12 +204,16 @@ void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, i
                 const float *a = static_cast<const float *>(w->lr_a) + i * w->in;
 #pragma omp simd reduction(+ : total)
                 for (int64_t j = 0; j < w->in; j++) total += a[j] * line[j];
+            } else if (w->lr_type == I8) {
+                const int8_t *a = static_cast<const int8_t *>(w->lr_a) + i * w->in;
+#pragma omp simd reduction(+ : total)
+                for (int64_t j = 0; j < w->in; j++) total += float(a[j]) * line[j];
             } else {
                 const _Float16 *a = static_cast<const _Float16 *>(w->lr_a) + i * w->in;
 #pragma omp simd reduction(+ : total)
                 for (int64_t j = 0; j < w->in; j++) total += float(a[j]) * line[j];
             }
-            low[r * w->rank + i] = total;
+            low[r * w->rank + i] = w->lr_scale ? total * w->lr_scale[i] : total;
         }
     }
 #pragma omp parallel num_threads(threads)

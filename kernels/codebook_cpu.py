@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from hf_ext.kernels.codebook import CodebookWeight
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FACTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 3}
+
+
+_POINTERS = ("packed", "table", "scales", "zeros", "perm", "lr_a", "lr_b", "lr_scale")
 
 
 class _Weight(ctypes.Structure):
     """``struct Weight`` of the source, and the tensors it points into."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("packed", "table", "scales", "zeros", "perm", "lr_a", "lr_b")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in ("out", "inputs", "row_bytes", "group", "groups", "rank")),
         *((name, ctypes.c_int32) for name in ("bits", "size", "width", "scale_type", "perm_bytes", "lr_type")),
     )
@@ -61,7 +65,7 @@ def prepare(weight: "CodebookWeight") -> Any:
     width = next(width for width in (1, 2, 4, 8) if width >= size)
     table = torch.nn.functional.pad(weight.table.float(), (0, width - size)).contiguous()
     factors = [None if part is None else _factor(part) for part in (weight.lr_a, weight.lr_b)]
-    held = [weight.qweight, table, weight.scales, weight.zeros, weight.perm, *factors]
+    held = [weight.qweight, table, weight.scales, weight.zeros, weight.perm, *factors, weight.lr_scale]
     tensors = tuple(None if tensor is None else tensor.contiguous() for tensor in held)
     prepared = _Weight(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
@@ -76,7 +80,7 @@ def prepare(weight: "CodebookWeight") -> Any:
         width,
         TYPES[weight.scales.dtype],
         0 if weight.perm is None else weight.perm.element_size(),
-        0 if factors[0] is None else TYPES[factors[0].dtype],
+        0 if factors[0] is None else FACTOR_TYPES[factors[0].dtype],
     )
     prepared.tensors = tensors
     reference = ctypes.byref(prepared)
@@ -85,7 +89,7 @@ def prepare(weight: "CodebookWeight") -> Any:
 
 
 def _factor(part: Tensor) -> Tensor:
-    return part.detach() if part.dtype in (torch.float16, torch.float32) else part.detach().float()
+    return part.detach() if part.dtype in FACTOR_TYPES else part.detach().float()
 
 
 def _on_cpu(weight: "CodebookWeight") -> bool:

@@ -21,7 +21,7 @@ class ReALLMLoraLinear(Linear):
 
     def __init__(self, base_layer: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        self._before_merging: list[tuple[Tensor, Tensor, int] | None] = []
+        self._before_merging: list[tuple[dict[str, Tensor], int]] = []
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Refuse starts that would rewrite the base weight, which is codes."""
@@ -45,7 +45,7 @@ class ReALLMLoraLinear(Linear):
         base: ReALLMLinear = self.get_base_layer()
         for name in names:
             own = base.low_rank()
-            self._before_merging.append(None if own is None else (*own, base.shape.low_rank_bits))
+            self._before_merging.append((base.low_rank_parts(), base.shape.low_rank_bits))
             lr_a = self.lora_A[name].weight.detach().float()
             lr_b = self.lora_B[name].weight.detach().float() * self.scaling[name]
             if own is not None:
@@ -58,8 +58,7 @@ class ReALLMLoraLinear(Linear):
         base: ReALLMLinear = self.get_base_layer()
         while self.merged_adapters:
             self.merged_adapters.pop()
-            before = self._before_merging.pop()
-            base.set_low_rank(*(before or (None, None, 16)))
+            base.set_low_rank_parts(*self._before_merging.pop())
 
     def _check_mergeable(self, name: str, safe: bool) -> None:
         if name in self.lora_variant or self.lora_bias[name]:

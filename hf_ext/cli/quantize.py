@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="rank of the low-rank term (default: by the size of the matrix)")
     parser.add_argument("--preset", choices=("fast", "quality"), default="fast", help="(default: %(default)s)")
     parser.add_argument("--decoder", choices=("identity", "pointwise", "context"), default="identity")
-    parser.add_argument("--low-rank-bits", type=int, choices=(8, 16, 32), default=16)
+    parser.add_argument("--low-rank-bits", type=int, choices=(8, 16, 32), default=8)
     parser.add_argument(
         "--calibration", metavar="FILE", help="text to calibrate on, or a folder of *.txt (default: none)"
     )

@@ -74,7 +74,7 @@ class ReALLMConfig(QuantizationConfigMixin):
         affine: bool = False,
         decoder: str = "identity",
         decoder_bits: int = 8,
-        low_rank_bits: int = 16,
+        low_rank_bits: int = 8,
         scale_bits: int = 16,
         permute: bool = True,
         feedback: bool = True,

@@ -78,9 +78,7 @@ def codebook_weight(
     parts: Parts, shape: MatrixShape, in_features: int, table: Tensor | None = None, low_rank: bool = True
 ) -> CodebookWeight:
     """The parts as the kernels take them; ``table`` saves tabulating again."""
-    factors = None
-    if low_rank and "lr_a" in parts:  # float factors are taken as they are, without a copy
-        factors = restore_low_rank(parts) if "lr_scale" in parts else (parts["lr_a"], parts["lr_b"])
+    factors = ("lr_a", "lr_b", "lr_scale") if low_rank else ()
     return CodebookWeight(
         parts["qweight"],
         codewords(parts, shape) if table is None else table,
@@ -90,7 +88,7 @@ def codebook_weight(
         shape.group_size or in_features,
         parts.get("zeros"),
         parts.get("perm"),
-        *(factors or (None, None)),
+        *(parts.get(name) for name in factors),
     )
 
 

@@ -39,6 +39,8 @@ class DistillOptions(Options):
         windows: windows of text.
         window_length: tokens in each.
         save_every: model-level steps between two saved states.
+        precision: ``"bfloat16"`` multiplies in it (autocast; factors and their gradients stay in float32), about twice
+            as fast on processors that have it; ``"float32"`` does not.
     """
 
     block_epochs: int = 1
@@ -48,6 +50,7 @@ class DistillOptions(Options):
     windows: int = 32
     window_length: int = 512
     save_every: int = 20
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -60,6 +63,8 @@ class DistillOptions(Options):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}.")
         for name in ("block_lr", "lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}.")
@@ -98,7 +103,8 @@ def distill(
         raise ValueError(f"{type(model).__name__} has no low-rank term to train; quantise it with rank of at least 1.")
     windows = calibration_windows(texts, tokenizer, options.windows, options.window_length)
     run = _Run(model, teacher, layers, windows, options, None if folder is None else Path(folder), progress)
-    with trainable_low_rank(layers) as factors:
+    low = torch.autocast(model.device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
+    with trainable_low_rank(layers) as factors, low:
         run.factors = factors
         run.resume()
         run.train_blocks()

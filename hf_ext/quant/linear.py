@@ -12,6 +12,7 @@ from hf_ext.quant.low_rank import restore_low_rank, store_low_rank
 from hf_ext.quant.shape import MatrixShape
 
 DECODE_MODES = ("on_the_fly", "once", "low_memory")
+LOW_RANK_PARTS = ("lr_a", "lr_b", "lr_scale")
 LOW_MEMORY_ROWS = 256  # rows of the weight that the low-memory mode decodes at a time
 
 
@@ -96,9 +97,9 @@ class ReALLMLinear(nn.Linear):
             y = nn.functional.linear(x, self._decoded(x.dtype))
         else:
             y = torch.cat([codebook_linear(x, part) for part in self._slices()], dim=-1)
-        factors = self._factors()
-        if factors is not None:
-            y = y + low_rank_product(x, *factors)
+        whole = self.kernel()
+        if whole.lr_a is not None and whole.lr_b is not None:
+            y = y + low_rank_product(x, whole.lr_a, whole.lr_b, whole.lr_scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def kernel(self) -> CodebookWeight:
@@ -109,14 +110,24 @@ class ReALLMLinear(nn.Linear):
 
     def set_low_rank(self, lr_a: Tensor | None, lr_b: Tensor | None, bits: int = 32) -> None:
         """Replace the low-rank term by ``lr_b @ lr_a``, stored on ``bits`` bits an element; None drops it."""
-        for name in ("lr_a", "lr_b", "lr_scale"):
+        stored: Parts = {}
+        if lr_a is not None and lr_b is not None and len(lr_a):
+            stored = store_low_rank(lr_a.detach().float(), lr_b.detach().float(), bits)
+        self.set_low_rank_parts(stored, bits)
+
+    def set_low_rank_parts(self, stored: Parts, bits: int) -> None:
+        """Replace the low-rank term by stored tensors, such as `low_rank_parts` gave earlier."""
+        for name in LOW_RANK_PARTS:
             self._buffers.pop(name, None)
-        rank = 0 if lr_a is None else len(lr_a)
-        if lr_a is not None and lr_b is not None and rank:
-            for name, part in store_low_rank(lr_a.detach().float(), lr_b.detach().float(), bits).items():
-                self.register_buffer(name, part)
+        for name, part in stored.items():
+            self.register_buffer(name, part)
+        rank = len(stored["lr_a"]) if stored else 0
         self.shape = MatrixShape(**{**self.shape.to_dict(), "rank": rank, "low_rank_bits": bits if rank else 16})
         self._forget()
+
+    def low_rank_parts(self) -> Parts:
+        """The stored tensors of the low-rank term by name; empty without one."""
+        return {name: part for name, part in self.parts.items() if name in LOW_RANK_PARTS}
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """The float32 factors ``(lr_a [r, in], lr_b [out, r])`` of the low-rank term, or None without one."""
@@ -137,10 +148,6 @@ class ReALLMLinear(nn.Linear):
 
     def _quantized(self, dtype: torch.dtype) -> Tensor:
         return dense_quantized(self.parts, self.shape, self.in_features, dtype)
-
-    def _factors(self) -> tuple[Tensor, Tensor] | None:
-        kernel = self.kernel()
-        return None if kernel.lr_a is None or kernel.lr_b is None else (kernel.lr_a, kernel.lr_b)
 
     def _slices(self) -> list[CodebookWeight]:
         """The weight by groups of rows, without its low-rank term."""

@@ -9,6 +9,8 @@ errors are nearly white); weighted by the inputs, a few channels carry most of i
 import torch
 from torch import Tensor
 
+from hf_ext.kernels.codebook import float_factors
+
 
 def whitened_low_rank(
     residual: Tensor, hessian: Tensor | None, rows: Tensor | None, rank: int
@@ -61,5 +63,4 @@ def restore_low_rank(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """The float32 factors that the stored parts stand for, or None where there are none."""
     if "lr_a" not in parts:
         return None
-    lr_a, lr_b = parts["lr_a"].float(), parts["lr_b"].float()
-    return (lr_a, lr_b * parts["lr_scale"]) if "lr_scale" in parts else (lr_a, lr_b)
+    return float_factors(parts["lr_a"].float(), parts["lr_b"].float(), parts.get("lr_scale"))

@@ -15,10 +15,14 @@ from hf_ext.kernels.pack import pack
 from hf_ext.testing import assert_close
 
 
-def random_weight(out, columns, size, code_bits, group=0, zeros=False, perm=False, rank=0, seed=0):
+def random_weight(out, columns, size, code_bits, group=0, zeros=False, perm=False, rank=0, seed=0, int8=False):
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(2**code_bits, (out, -(-columns // size)), generator=g)
     groups = -(-columns // group) if group else 1
+    factors = [torch.randn(rank, columns, generator=g), torch.randn(out, rank, generator=g)] if rank else [None, None]
+    if rank and int8:
+        factors = [(factor * 40).clamp(-128, 127).to(torch.int8) for factor in factors]
+        factors.append(torch.rand(rank, generator=g) / 1600)
     return CodebookWeight(
         pack(codes, code_bits),
         torch.randn(2**code_bits, size, generator=g).half().float(),
@@ -28,8 +32,7 @@ def random_weight(out, columns, size, code_bits, group=0, zeros=False, perm=Fals
         group or columns,
         torch.randn(out, groups, generator=g).half() if zeros else None,
         torch.randperm(columns, generator=g).to(torch.int16) if perm else None,
-        torch.randn(rank, columns, generator=g) if rank else None,
-        torch.randn(out, rank, generator=g) if rank else None,
+        *factors,
     )
 
 
@@ -70,13 +73,18 @@ def test_decoding_equals_every_element_by_hand(size, code_bits, columns, perm):
     zeros=st.booleans(),
     perm=st.booleans(),
     rank=st.integers(0, 2),
+    int8=st.booleans(),
     rows=st.integers(1, 6),
 )
-def test_the_product_equals_the_dense_one(out, columns, form, groups, zeros, perm, rank, rows):
-    weight = random_weight(out, columns, *form, group=form[0] * 8 * groups, zeros=zeros, perm=perm, rank=rank)
+def test_the_product_equals_the_dense_one(out, columns, form, groups, zeros, perm, rank, int8, rows):
+    group = form[0] * 8 * groups
+    weight = random_weight(out, columns, *form, group=group, zeros=zeros, perm=perm, rank=rank, int8=int8)
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     bias = torch.linspace(-1, 1, out)
-    dense = by_hand(weight) + (0 if weight.lr_a is None else weight.lr_b.double() @ weight.lr_a.double())
+    dense = by_hand(weight)
+    if weight.lr_a is not None:
+        scale = torch.ones(rank) if weight.lr_scale is None else weight.lr_scale
+        dense = dense + weight.lr_b.double() @ torch.diag(scale.double()) @ weight.lr_a.double()
     expected = x.double() @ dense.T + bias.double()
     assert_close("reference", expected, codebook_linear_reference(x, weight, bias), 1e-5)
     assert_close("product", expected, codebook_linear(x, weight, bias), 1e-5)
@@ -84,8 +92,9 @@ def test_the_product_equals_the_dense_one(out, columns, form, groups, zeros, per
 
 @pytest.mark.parametrize("size, code_bits", FORMATS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
-def test_one_token_in_every_type(size, code_bits, dtype, tolerance):
-    weight = random_weight(192, 576, size, code_bits, perm=True, rank=4)
+@pytest.mark.parametrize("int8", [False, True])
+def test_one_token_in_every_type(size, code_bits, dtype, tolerance, int8):
+    weight = random_weight(192, 576, size, code_bits, perm=True, rank=4, int8=int8)
     x = torch.randn(1, 1, 576, generator=torch.Generator().manual_seed(2)).to(dtype)
     y = codebook_linear(x, weight)
     assert y.dtype == dtype and y.shape == (1, 1, 192)

@@ -39,11 +39,22 @@ def test_each_stage_brings_the_student_nearer_and_trains_the_low_rank_terms_alon
     assert gap(model, teacher) < 0.8 * before
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == kept[name].dtype
-        assert torch.equal(tensor, kept[name]) != name.endswith(("lr_a", "lr_b")), name
+        assert torch.equal(tensor, kept[name]) != name.endswith(("lr_a", "lr_b", "lr_scale")), name
     assert all(
         layer.decode_mode == "on_the_fly" and not layer._forward_hooks for layer in quantized_layers(model).values()
     )
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), tiny_model().parameters(), strict=True))
+
+
+def test_bfloat16_trains_too_and_keeps_the_stored_types(folder):
+    config = ReALLMConfig(bits=1, rank=8)
+    model = AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=config)
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    before = gap(model, tiny_model())
+    options = DistillOptions(block_epochs=0, steps=30, lr=3e-3, precision="bfloat16", **SHORT)
+    distill(model, tiny_model(), IDS, options=options, progress=False)
+    assert gap(model, tiny_model()) < 0.8 * before
+    assert types == {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
 
 def test_the_loss_is_the_divergence(folder):

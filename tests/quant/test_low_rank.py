@@ -38,7 +38,9 @@ def test_the_same_residual_gives_the_same_signs():
 @pytest.mark.parametrize("bits, tolerance", [(8, 2e-2), (16, 1e-3), (32, 0.0)])
 def test_stored_factors_come_back(bits, tolerance):
     lr_a, lr_b = torch.randn(3, 20), torch.randn(8, 3)
+    lr_a *= 100  # however the product is shared between the factors, they come back about alike
     back = restore_low_rank(store_low_rank(lr_a, lr_b, bits))
+    assert bits != 8 or 0.3 < back[0].abs().max() / back[1].abs().max() < 3
     gap = (back[1] @ back[0] - lr_b @ lr_a).abs().max() / (lr_b @ lr_a).abs().max()
     assert gap <= tolerance
     assert restore_low_rank({}) is None
