@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import _peers  # noqa: F401  (first of all: it extends the path)
+import torch
 from torch import Tensor
 from transformers import DynamicCache, QuantizedCache
 
@@ -53,6 +54,9 @@ def methods(model: Any, peers: bool = True) -> dict[str, Make]:
     made |= {name: lambda config=config: make_cache(model, config) for name, config in ours().items()}
     for bits, group in ((4, 32), (4, 64), (2, 32), (2, 64)):
         made[f"KIVI groups {bits}-bit/{group}"] = lambda bits=bits, group=group: KIVICache(model.config, bits, group)
+        made[f"basis + groups {bits}-bit/{group}"] = lambda bits=bits, group=group: BasisGroupsCache(
+            model.config, bits, group
+        )
     return made | (host_backends(model) if peers else {})
 
 
@@ -97,11 +101,18 @@ class KIVICache(DynamicCache):
         """Quantise everything but the last group."""
         for layer in self.layers:
             end = max(layer.keys.shape[2] // self.group - 1, 0) * self.group
-            keys, values = layer.keys[:, :, :end], layer.values[:, :, :end]
-            by_channel = keys.transpose(2, 3).unflatten(-1, (-1, self.group))
-            layer.keys[:, :, :end] = grouped(by_channel, self.bits).flatten(-2).transpose(2, 3)
-            width = min(self.group, values.shape[-1])
-            layer.values[:, :, :end] = grouped(values.unflatten(-1, (-1, width)), self.bits).flatten(-2)
+            layer.keys[:, :, :end] = self.over_tokens(layer.keys[:, :, :end])
+            layer.values[:, :, :end] = self.over_channels(layer.values[:, :, :end])
+
+    def over_tokens(self, states: Tensor) -> Tensor:
+        """Quantise groups of tokens of one channel."""
+        by_channel = states.transpose(2, 3).unflatten(-1, (-1, self.group))
+        return grouped(by_channel, self.bits).flatten(-2).transpose(2, 3)
+
+    def over_channels(self, states: Tensor) -> Tensor:
+        """Quantise groups of channels of one token."""
+        by_token = states.unflatten(-1, (-1, min(self.group, states.shape[-1])))
+        return grouped(by_token, self.bits).flatten(-2)
 
     def nbytes(self) -> int:
         """What KIVI would store: packed groups, and one group in float16."""
@@ -111,6 +122,22 @@ class KIVICache(DynamicCache):
             end = max(layer.keys.shape[2] // self.group - 1, 0) * self.group
             total += per_token * (end * self.bits_per_number / 8 + (layer.keys.shape[2] - end) * 2)
         return int(total)
+
+
+class BasisGroupsCache(KIVICache):
+    """DecoQuant's basis with asymmetric groups: each coefficient in groups of tokens, keys and values alike."""
+
+    def over_tokens(self, states: Tensor) -> Tensor:
+        """Quantise the coefficients of ``states [1, H, T, D]`` in the basis of their principal directions."""
+        rows = states.double().flatten(0, 2)
+        basis = torch.linalg.eigh(rows.T @ rows).eigenvectors.to(states.dtype)
+        return super().over_tokens(states @ basis) @ basis.T
+
+    over_channels = over_tokens
+
+    def nbytes(self) -> int:
+        """Groups, and two bases in float16 a layer."""
+        return super().nbytes() + sum(2 * 2 * layer.keys.shape[-1] ** 2 for layer in self.layers)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cache_methods import KIVICache, Make, cache_bytes, methods
+from _cache_methods import Make, cache_bytes, methods
+from _cache_prompt import Prompt, prefill
 from _run import RESULTS, Report
 from torch import Tensor
 from torch.nn import functional
@@ -52,15 +53,6 @@ FAMILIES = {
 
 
 @torch.no_grad()
-def prefill(model: Any, ids: Tensor, cache: Any) -> Tensor:
-    """Logits ``[1, V]`` after the prompt ``ids [T]``, which the cache compresses afterwards."""
-    logits: Tensor = model(ids[None], past_key_values=cache, logits_to_keep=1).logits[0]
-    if isinstance(cache, KIVICache):
-        cache.quantise()
-    return logits
-
-
-@torch.no_grad()
 def go_on(model: Any, ids: Tensor, cache: Any) -> Tensor:
     """Logits ``[T, V]`` after each of ``ids [T]``; these tokens are added to the compressed prompt as they are."""
     if isinstance(cache, HfExtCache):
@@ -69,24 +61,24 @@ def go_on(model: Any, ids: Tensor, cache: Any) -> Tensor:
     return logits
 
 
-def continuation(model: Any, ids: Tensor, make: Make) -> tuple[Tensor, int]:
-    """Log-probabilities ``[SCORED, V]`` of what follows a prompt, and the bytes held after the prompt.
+def continuation(model: Any, prompt: Prompt, ids: Tensor, make: Make) -> tuple[Tensor, int]:
+    """Log-probabilities ``[SCORED, V]`` of ``ids [SCORED]`` after a prompt, and the bytes held after the prompt.
 
     The last token is fed, too, though nothing is asked of it: the host's quantised caches fail at odd lengths.
     """
     cache = make()
-    first = prefill(model, ids[:PREFILL], cache)
+    first = prompt.read(cache)
     held = cache_bytes(cache)
-    logits = torch.cat([first, go_on(model, ids[PREFILL:], cache)[:-1]])
+    logits = torch.cat([first, go_on(model, ids, cache)[:-1]])
     return logits.log_softmax(-1), held
 
 
-def perplexity(model: Any, windows: list[Tensor], make: Make, dense: list[Tensor]) -> dict[str, float]:
+def perplexity(model: Any, windows: list[tuple[Prompt, Tensor]], make: Make, dense: list[Tensor]) -> dict[str, float]:
     """Perplexity, its change against the dense cache with its standard error over windows, divergence and bytes."""
     nats, more, divergence, held = [], [], [], []
-    for ids, reference in zip(windows, dense, strict=True):
-        target = ids[PREFILL:, None]
-        found, size = continuation(model, ids, make)
+    for (prompt, ids), reference in zip(windows, dense, strict=True):
+        target = ids[:, None]
+        found, size = continuation(model, prompt, ids, make)
         nats.append(-found.gather(1, target).mean())
         more.append(nats[-1] + reference.gather(1, target).mean())
         divergence.append((reference.exp() * (reference - found)).sum(-1).mean())
@@ -104,16 +96,18 @@ def perplexity(model: Any, windows: list[Tensor], make: Make, dense: list[Tensor
 class Needle:
     """A five-digit key in prose, as token ids: compressed with the question behind it, or without."""
 
-    def __init__(self, tokenizer: Any, prose: Tensor, key: str, depth: float) -> None:
+    def __init__(self, model: Any, tokenizer: Any, prose: Tensor, key: str, depth: float) -> None:
         def encode(text: str) -> Tensor:
             ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
             return ids
 
-        self.prose, self.depth = prose, depth
+        self.model, self.prose, self.depth = model, prose, depth
         self.head = encode("Read this text.\n")
         self.hidden = encode(f" The secret key is {key}. Remember it: {key} is the secret key.")
         self.question = encode("\nWhat is the secret key? The secret key is")
         self.answer = encode(" " + key)
+        self.inside = Prompt(model, torch.cat([self.context(NEEDLE - len(self.question)), self.question]))
+        self.outside = Prompt(model, self.context(NEEDLE))
 
     def context(self, length: int) -> Tensor:
         """The text ``[length]`` with the key at its depth."""
@@ -121,25 +115,25 @@ class Needle:
         cut = int(room * self.depth)
         return torch.cat([self.head, self.prose[:cut], self.hidden, self.prose[cut:room]])
 
-    def ask(self, model: Any, cache: Any, inside: bool) -> dict[str, float]:
+    def ask(self, cache: Any, inside: bool) -> dict[str, float]:
         """Nats of the key, and whether it is the greedy answer, with the question inside the prompt or after it."""
         if inside:
-            first = prefill(model, torch.cat([self.context(NEEDLE - len(self.question)), self.question]), cache)
-            logits = torch.cat([first, go_on(model, self.answer, cache)])[:-1]
+            logits = torch.cat([self.inside.read(cache), go_on(self.model, self.answer, cache)])[:-1]
         else:
-            prefill(model, self.context(NEEDLE), cache)
-            logits = go_on(model, torch.cat([self.question, self.answer]), cache)[-len(self.answer) - 1 : -1]
+            self.outside.read(cache)
+            asked = go_on(self.model, torch.cat([self.question, self.answer]), cache)
+            logits = asked[-len(self.answer) - 1 : -1]
         return {
             "nats": functional.cross_entropy(logits, self.answer, reduction="sum").item(),
             "hit": float(bool((logits.argmax(-1) == self.answer).all())),
         }
 
 
-def needles(model: Any, trials: list[Needle], make: Make) -> dict[str, float]:
+def needles(trials: list[Needle], make: Make) -> dict[str, float]:
     """Means over the trials, with the question inside and outside the compressed prompt."""
     out = {}
     for where in ("inside", "outside"):
-        found = [trial.ask(model, make(), where == "inside") for trial in trials]
+        found = [trial.ask(make(), where == "inside") for trial in trials]
         out |= {f"{where}_{name}": statistics.mean(answer[name] for answer in found) for name in ("nats", "hit")}
     return out
 
@@ -148,11 +142,12 @@ def run_quality(arguments: argparse.Namespace) -> None:
     """The table of quality against bytes; what an earlier run measured is kept."""
     model, tokenizer = load_model(arguments.model)
     ids = read_ids(tokenizer, arguments)
-    windows = [ids[i * STRIDE : i * STRIDE + PREFILL + SCORED] for i in range(arguments.windows)]
+    starts = [window * STRIDE + PREFILL for window in range(arguments.windows)]
+    windows = [(Prompt(model, ids[at - PREFILL : at]), ids[at : at + SCORED]) for at in starts]
     made, rng = methods(model), random.Random(0)
-    dense = [continuation(model, window, made["dense"])[0] for window in windows]
+    dense = [continuation(model, *window, made["dense"])[0] for window in windows]
     keys = [str(rng.randrange(10000, 99999)) for _ in range(arguments.keys)]
-    trials = [Needle(tokenizer, ids[STRIDE * 10 :], key, depth) for key in keys for depth in DEPTHS]
+    trials = [Needle(model, tokenizer, ids[STRIDE * 10 :], key, depth) for key in keys for depth in DEPTHS]
     sizes = {"prefill": PREFILL, "scored": SCORED, "windows": len(windows), "needles": len(trials), "tokens": NEEDLE}
     report = resume("caches_quality", {"model": arguments.model or MODEL, **sizes})
     per_token = 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
@@ -160,7 +155,7 @@ def run_quality(arguments: argparse.Namespace) -> None:
         if any(row["cache"] == name for row in report.rows):
             continue
         try:
-            row = perplexity(model, windows, make, dense) | needles(model, trials, make)
+            row = perplexity(model, windows, make, dense) | needles(trials, make)
         except (ValueError, RuntimeError, AssertionError) as error:
             print(f"caches: {name} failed: {str(error).splitlines()[0]}", flush=True)
             continue
@@ -211,6 +206,8 @@ def run_speed(arguments: argparse.Namespace) -> None:
     ids = read_ids(tokenizer, arguments)[None, : arguments.tokens]
     made = chosen(methods(model), arguments.caches)
     report = resume("caches_speed", {"model": arguments.model or MODEL})
+    measured = (arguments.tokens, arguments.batch)  # an earlier run of these is replaced
+    report.rows = [row for row in report.rows if (row["tokens"], row["batch"]) != measured]
     caches: dict[str, Any] = {}
     prefills: dict[str, list[float]] = {name: [] for name in made}
     with torch.no_grad():
@@ -288,7 +285,7 @@ def run_plot(arguments: argparse.Namespace) -> None:
 
 def family_of(name: str) -> str:
     """What kind of cache a row of the table is."""
-    if name == "dense" or name.startswith(("host", "KIVI")):
+    if name == "dense" or name.startswith(("host", "KIVI", "basis")):
         return "dense" if name == "dense" else "quantised by others"
     if " + " in name:
         return "stacks"
