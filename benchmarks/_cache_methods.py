@@ -10,15 +10,21 @@ from transformers import DynamicCache, QuantizedCache
 
 from hf_ext import make_cache
 from hf_ext.caches.base import HfExtCache
+from hf_ext.caches.pyramid_infer import PRESETS
 
 Make = Callable[[], Any]
 
 DECO4, DECO2 = {"type": "decoquant", "bits": 4}, {"type": "decoquant", "bits": 2}
 
 
-def pyramid(ratio: float, kind: str = "pyramid_infer", recent: float = 0.1, **options: Any) -> dict[str, Any]:
-    """PyramidInfer that keeps ``ratio`` of all keys and values."""
-    return {"type": kind, "target_ratio": ratio, "recent_ratio": recent, **options}
+def pyramid(ratio: float, kind: str = "pyramid_infer", **options: Any) -> dict[str, Any]:
+    """PyramidInfer that keeps ``ratio`` of all keys and values of a prompt, as the others do, and all that follows."""
+    return {"type": kind, "target_ratio": ratio, "recent_ratio": 0.1, "generation_block": 0, **options}
+
+
+def flat(ratio: float, kind: str = "pyramid_infer") -> dict[str, Any]:
+    """The same with our own schedule and votes."""
+    return pyramid(ratio, kind, **{**PRESETS["flat"], "target_ratio": ratio})
 
 
 def ours() -> dict[str, Any]:
@@ -32,17 +38,18 @@ def ours() -> dict[str, Any]:
         "decoquant-2": DECO2,
         "decoquant-2 pre-RoPE": {**DECO2, "pre_rope": True},
         "sink_window 0.45": {"type": "sink_window", "window_size": int(0.45 * 1024) - 4},
-        "pyramid_infer released 7b": {"type": "pyramid_infer"},
-        "pyramid 0.75 + decoquant-4": [pyramid(0.75), DECO4],
-        "pyramid 0.75 + decoquant-2": [pyramid(0.75), DECO2],
-        "pyramid 0.6 + decoquant-2": [pyramid(0.6), DECO2],
-        "pyramid cache 0.75 + decoquant-4": [pyramid(0.75, "pyramid_infer_cache"), DECO4],
-        "snapkv 0.5 + decoquant-4": [{"type": "snapkv", "budget": 0.5}, DECO4],
-        "snapkv 0.75 + decoquant-2": [{"type": "snapkv", "budget": 0.75}, DECO2],
+        "pyramid_infer released 7b": {"type": "pyramid_infer", "generation_block": 0},
+        "flat 0.75 + decoquant-4": [flat(0.75), DECO4],
+        "flat 0.65 + decoquant-2": [flat(0.65), DECO2],
+        "flat 0.55 + decoquant 3 bits": [flat(0.55), {**DECO2, "extra_bits": 1.0}],
+        "flat 0.42 + decoquant-4": [flat(0.42), DECO4],
+        "snapkv 0.42 + decoquant-4": [{"type": "snapkv", "budget": 0.42}, DECO4],
+        "snapkv 0.65 + decoquant-2": [{"type": "snapkv", "budget": 0.65}, DECO2],
     }
     for ratio in (0.75, 0.45):
         table[f"pyramid_infer {ratio}"] = pyramid(ratio)
-        table[f"pyramid_infer_cache {ratio}"] = pyramid(ratio, "pyramid_infer_cache")
+        table[f"pyramid_infer flat {ratio}"] = flat(ratio)
+        table[f"pyramid_infer_cache flat {ratio}"] = flat(ratio, "pyramid_infer_cache")
         for kind in ("snapkv", "pyramid_kv", "h2o", "tova", "knorm"):
             table[f"{kind} {ratio}"] = {"type": kind, "budget": ratio}
     return table

@@ -40,8 +40,8 @@ NEEDLE = 512  # tokens that are compressed when a needle lies in them
 DEPTHS = (0.1, 0.5, 0.9)
 BUDGET = 2**30  # bytes of the fixed budget
 WARMUP = 4  # steps that are not measured
-SIZED = ("dense", "decoquant-8", "decoquant-4", "decoquant-2", "pyramid_infer 0.45", "snapkv 0.45",
-         "pyramid 0.75 + decoquant-4", "pyramid 0.6 + decoquant-2")  # fmt: skip
+SIZED = ("dense", "decoquant-8", "decoquant-4", "decoquant-2", "pyramid_infer flat 0.45", "snapkv 0.45",
+         "flat 0.75 + decoquant-4", "flat 0.65 + decoquant-2")  # fmt: skip
 FAMILIES = {
     "black": "dense",
     "tab:blue": "DecoQuant",

@@ -23,6 +23,8 @@ class PyramidSchedule:
         interval: layers between two cuts.
         clamp: a cut that would go below ``min_context`` stops there; released is to leave that cut out, which makes
             what is kept jump up where the decay falls.
+        flat_from: not in the paper: from this layer on (1 is the second) every layer keeps the share ``decay`` of the
+            older tokens, and nothing is dropped before; 0 for the released cosine.
     """
 
     decay: float = 0.9
@@ -30,6 +32,7 @@ class PyramidSchedule:
     min_context: int = 64
     interval: int = 1
     clamp: bool = False
+    flat_from: int = 0
 
     def window(self, length: int) -> int:
         """Latest tokens of a prompt of ``length`` that stay and vote: ``1 + int(recent_ratio * length)``."""
@@ -41,7 +44,10 @@ class PyramidSchedule:
 
     def hand_on(self, context: int, length: int, layer: int, layers: int) -> int:
         """How many of ``context`` older tokens ``layer`` hands on, for a prompt of ``length``."""
-        least = min(self.min_context, max(length - self.window(length), 0))
+        older = max(length - self.window(length), 0)
+        least = min(self.min_context, older)
+        if self.flat_from:
+            return context if layer + 1 < self.flat_from else min(max(int(self.decay * older), least), context)
         ratio = self.keep_ratio(layer, layers)
         if layer % self.interval or context <= least or ratio >= 1:
             return context
@@ -62,14 +68,6 @@ class PyramidSchedule:
     def kept(self, length: int, layers: int) -> float:
         """Share of the keys and values of all layers that stays."""
         return sum(self.lengths(length, layers)) / (layers * length)
-
-
-# Released settings by size of model (configs of the authors' repository).
-PYRAMID_PRESETS = {
-    "7b": PyramidSchedule(0.9, 0.2, 64, 1),
-    "13b": PyramidSchedule(0.8, 0.2, 64, 2),
-    "70b": PyramidSchedule(0.9, 0.2, 64, 3),
-}
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.caches.base import HfExtCache
-from hf_ext.caches.budgets import PYRAMID_PRESETS, PyramidSchedule, solve_decay
+from hf_ext.caches.budgets import PyramidSchedule, solve_decay
 from hf_ext.caches.config import CacheConfig
 from hf_ext.caches.decoquant import DecoQuantConfig
 from hf_ext.caches.evicting import storage_of
@@ -21,6 +21,20 @@ from hf_ext.caches.observed import check_crop, note_attended, tell_incoming
 from hf_ext.caches.pyramid_layer import PyramidDenseLayer, PyramidLayer, PyramidPackedLayer
 from hf_ext.caches.sink_window import check_sizes
 from hf_ext.caches.support import layer_types
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "7b": {},
+    "13b": {"decay": 0.8, "interval": 2},
+    "70b": {"interval": 3},
+    "flat": {
+        "target_ratio": 0.45,
+        "recent_ratio": 0.1,
+        "flat_from": 2,
+        "vote_size": 64,
+        "vote_heads": "max",
+        "kernel": 13,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,11 @@ class PyramidInferConfig(CacheConfig):
         interval: layers between two cuts.
         sink_size: first tokens of each row that always stay.
         distance_weight: weight of the newest vote relative to the oldest.
+        flat_from: not in the paper, better on small models: from this layer on every layer keeps the same tokens, the
+            share ``decay`` of the older ones, chosen by the layer before; 0 for the cosine.
+        vote_size: latest tokens that vote; 0 for all recent ones.
+        vote_heads: a token's votes are the ``"mean"`` of all heads (released) or those of the head that gives most.
+        kernel: neighbouring tokens (an odd number) that get the votes of the best of them; 1 for no such pooling.
         generation_block: generated tokens that are compressed together; 0 keeps all generated tokens.
         generation_ratio: share of such a block that the first layer keeps.
         generation_decay: share that remains at the last layer, before ``generation_ratio``.
@@ -53,6 +72,10 @@ class PyramidInferConfig(CacheConfig):
     interval: int = 1
     sink_size: int = 4
     distance_weight: float = 1.2
+    flat_from: int = 0
+    vote_size: int = 0
+    vote_heads: str = "mean"
+    kernel: int = 1
     generation_block: int = 16
     generation_ratio: float = 0.9
     generation_decay: float = 0.1
@@ -66,24 +89,29 @@ class PyramidInferConfig(CacheConfig):
             raise ValueError(f"target_ratio must be above 0 and at most 1, got {self.target_ratio!r}.")
         if not self.distance_weight > 0:
             raise ValueError(f"distance_weight must be positive, got {self.distance_weight!r}.")
-        check_sizes(self, "min_context", "sink_size", "generation_block", least=0)
-        check_sizes(self, "interval", "voters", least=1)
+        if self.vote_heads not in ("mean", "max"):
+            raise ValueError(f'vote_heads must be "mean" or "max", got {self.vote_heads!r}.')
+        check_sizes(self, "min_context", "sink_size", "generation_block", "flat_from", "vote_size", least=0)
+        check_sizes(self, "interval", "voters", "kernel", least=1)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be an odd number of tokens, got {self.kernel}.")
 
     @classmethod
     def preset(cls, size: str, **options: Any) -> "PyramidInferConfig":
-        """The released settings for models of size ``"7b"``, ``"13b"`` or ``"70b"``.
+        """The released settings for models of size ``"7b"``, ``"13b"`` or ``"70b"``, or ours, ``"flat"``.
 
         Raises:
-            ValueError: there are none for that size.
+            ValueError: there are none of that name.
         """
-        if size not in PYRAMID_PRESETS:
-            raise ValueError(f"there are released settings for {', '.join(PYRAMID_PRESETS)}, not for {size!r}.")
-        schedule = PYRAMID_PRESETS[size]
-        return cls(**{"decay": schedule.decay, "interval": schedule.interval, **options})
+        if size not in PRESETS:
+            raise ValueError(f"there are settings for {', '.join(PRESETS)}, not for {size!r}.")
+        return cls(**{**PRESETS[size], **options})
 
     def schedule(self, length: int, layers: int) -> PyramidSchedule:
         """The schedule for a prompt of ``length`` tokens."""
-        base = PyramidSchedule(self.decay, self.recent_ratio, self.min_context, self.interval)
+        base = PyramidSchedule(
+            self.decay, self.recent_ratio, self.min_context, self.interval, flat_from=self.flat_from
+        )
         if self.target_ratio is None or length < 2:
             return base
         least = replace(base, decay=0.0, clamp=True)

@@ -9,7 +9,7 @@ from hf_ext.caches.budgets import generation_keep
 from hf_ext.caches.evicting import Evicts
 from hf_ext.caches.observed import ObservedLayer
 from hf_ext.caches.packed_layer import PackedLayer
-from hf_ext.kernels.window_scores import window_scores
+from hf_ext.kernels.window_scores import smooth, window_scores
 
 
 class PyramidLayer(ObservedLayer):
@@ -97,10 +97,12 @@ class PyramidLayer(ObservedLayer):
             return None
         stored = int(self.real_count[row])
         row_keys = keys[row : row + 1, :, keys.shape[-2] - stored :]
-        weights = torch.linspace(1.0, self.settings.distance_weight, window, device=keys.device)
+        voters = min(self.settings.vote_size or window, window)
+        weights = torch.linspace(1.0, self.settings.distance_weight, voters, device=keys.device)
         first = torch.zeros(1, dtype=torch.long, device=keys.device)
-        votes = window_scores(query[row : row + 1, :, -window:], row_keys, first, scaling, weights)
-        votes = votes[0, 0, stored - given :]
+        by_head = self.settings.vote_heads == "max"
+        votes = window_scores(query[row : row + 1, :, -voters:], row_keys, first, scaling, weights, per_head=by_head)
+        votes = smooth(votes, self.settings.kernel, "max").amax(1)[0, stored - given :]
         if stored == given:
             votes[: self.settings.sink_size] = float("inf")
         return votes

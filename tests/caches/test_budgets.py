@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_ext import PyramidInferConfig
 from hf_ext.caches.budgets import (
-    PYRAMID_PRESETS,
     PyramidSchedule,
     check_budget,
     generation_keep,
@@ -25,7 +25,9 @@ def test_lengths_are_those_of_the_released_formulas():
 
 @pytest.mark.parametrize(("preset", "layers", "share"), [("7b", 32, 0.76), ("13b", 40, 0.72), ("70b", 80, 0.78)])
 def test_released_settings_keep_what_the_formulas_say(preset, layers, share):
-    assert PYRAMID_PRESETS[preset].kept(2048, layers) == pytest.approx(share, abs=0.01)
+    assert PyramidInferConfig.preset(preset).schedule(2048, layers).kept(2048, layers) == pytest.approx(
+        share, abs=0.01
+    )
 
 
 @settings(deadline=None)

@@ -1,5 +1,7 @@
 """PyramidInfer: lengths of the schedule, nested tokens, exactness in batches, and what thinning out keeps."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -9,6 +11,15 @@ from hf_ext.caches.budgets import PyramidSchedule, generation_keep
 from hf_ext.testing import assert_close, ragged_batch, tiny_model
 
 SMALL = {"decay": 0.5, "min_context": 3, "sink_size": 2, "generation_block": 4, "voters": 3}
+FLAT = {
+    "decay": 0.3,
+    "flat_from": 2,
+    "min_context": 3,
+    "sink_size": 2,
+    "vote_size": 4,
+    "vote_heads": "max",
+    "kernel": 5,
+}
 PACKED = {"type": "decoquant", "bits": 2, "first_block": 6, "block_size": 3, "sink_size": 2}
 KINDS = ["pyramid_infer", "pyramid_infer_cache"]
 
@@ -50,6 +61,34 @@ def check_rows_are_independent(model, make, tolerance=1e-9):
 def test_a_left_padded_batch_equals_single_runs(kind, family):
     model = tiny_model(family).double()
     check_rows_are_independent(model, lambda: make_cache(model, kind, **SMALL))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_does_our_own_schedule(kind):
+    model = tiny_model().double()
+    check_rows_are_independent(model, lambda: make_cache(model, kind, **FLAT))
+
+
+def test_a_flat_schedule_cuts_once():
+    model = tiny_model(num_hidden_layers=6)
+    cache = make_cache(model, PyramidInferConfig.preset("flat", target_ratio=0.5, min_context=4))
+    with torch.no_grad():
+        model(torch.randint(3, 128, (1, 400)), past_key_values=cache)
+    first, second, *others = cache.stored_by_layer
+    assert first == second == 400
+    assert len(set(others)) == 1
+    assert sum(cache.stored_by_layer) / (6 * 400) == pytest.approx(0.5, abs=0.01)
+
+
+def test_votes_of_the_best_head_spread_to_neighbours():
+    model, ids = tiny_model(), torch.randint(3, 128, (1, 80))
+    cache, dense = make_cache(model, "pyramid_infer_cache", **FLAT), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids, past_key_values=dense)
+    kept = (cache.own_layers[2].keys[0, 0][:, None] == dense.layers[2].keys[0, 0]).all(-1).nonzero()[:, 1].tolist()
+    runs = [b - a for a, b in pairwise(kept)]
+    assert runs.count(1) >= len(runs) - 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,6 +206,8 @@ def test_released_presets():
         ({"target_ratio": 0}, "target_ratio must be above 0"),
         ({"interval": 0}, "interval must be"),
         ({"distance_weight": 0}, "distance_weight must be positive"),
+        ({"vote_heads": "sum"}, "vote_heads must be"),
+        ({"kernel": 4}, "kernel must be an odd number"),
     ],
 )
 def test_bad_options_are_refused_by_a_sentence(options, sentence):
