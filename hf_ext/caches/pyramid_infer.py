@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "flat_from": 2,
         "vote_size": 64,
         "vote_heads": "max",
-        "kernel": 13,
+        "kernel": 21,
     },
 }
 
