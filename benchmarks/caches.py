@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from _cache_methods import Make, cache_bytes, methods
-from _cache_prompt import Prompt, prefill
+from _cache_prompt import Prompt
 from _run import RESULTS, Report
 from torch import Tensor
 from torch.nn import functional
@@ -184,12 +184,13 @@ def run_bytes(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
     ids = read_ids(tokenizer, arguments)
     report = Report("caches_bytes", {"model": arguments.model or MODEL, "budget_bytes": BUDGET})
+    prompts = [Prompt(model, ids[:tokens]) for tokens in (256, 512, 1024, 2048, 4096)]
     for name, make in chosen(methods(model, peers=False), arguments.caches or ",".join(SIZED)).items():
         held = {}
-        for tokens in (256, 512, 1024, 2048, 4096):
+        for prompt in prompts:
             cache = make()
-            prefill(model, ids[:tokens], cache)
-            held[tokens] = cache_bytes(cache)
+            prompt.read(cache)
+            held[len(prompt.ids)] = cache_bytes(cache)
         per_token = (held[4096] - held[2048]) / 2048
         report.row(
             cache=name,
