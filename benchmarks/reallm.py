@@ -29,10 +29,12 @@ ROUNDING = {"codebook": "uniform", "affine": True, "group_size": 64, "permute": 
 # method -> options of ReALLMConfig; "calibrated" is replaced by the calibration text
 METHODS: dict[str, dict[str, Any] | None] = {
     "float32": None,
-    "reallm-3": {"budget": 3.25, "low_rank_bits": 8, "calibrated": True},
-    "reallm-2": {"budget": 2.45, "low_rank_bits": 8, "calibrated": True},
-    "reallm-3 one shape": {"bits": 3, "rank": 10, "low_rank_bits": 8, "calibrated": True},
-    "reallm-2 one shape": {"bits": 2, "rank": 16, "low_rank_bits": 8, "calibrated": True},
+    "reallm-3": {"budget": 3.25, "rounds": 3, "calibrated": True},
+    "reallm-2": {"budget": 2.45, "rounds": 3, "calibrated": True},
+    "reallm-3 one shape": {"bits": 3, "rank": 10, "damping": 0.01, "calibrated": True},
+    "reallm-2 one shape": {"bits": 2, "rank": 16, "damping": 0.01, "calibrated": True},
+    "reallm-3 one shape, quality": {"bits": 3, "rank": 10, "rounds": 3, "calibrated": True},
+    "reallm-2 one shape, quality": {"bits": 2, "rank": 16, "rounds": 3, "calibrated": True},
     "reallm-4": {"bits": 4, "rank": 2, "calibrated": True},
     "reallm-3 data-free": {"bits": 3, "rank": 4},
     "GPTQ-3": {"bits": 3, **ROUNDING, "calibrated": True},

@@ -64,7 +64,7 @@ def main() -> None:
             loss_first=round(sum(losses[:16]) / len(losses[:16]), 4),
             loss_last=round(sum(losses[-16:]) / len(losses[-16:]), 4),
         )
-    report.save()
+        report.save()
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "ReALLM 3, no weighting": (THREE, {"weighting": False}, True),
     "ReALLM 3, no permutation": ({**THREE, "permute": False}, {}, True),
     "ReALLM 3, three rounds": (THREE, {"rounds": 3}, True),
+    "ReALLM 3, damping 0.01": (THREE, {"damping": 0.01}, True),
     "ReALLM 3, pointwise decoder": ({**THREE, "decoder": "pointwise"}, {}, True),
     "ReALLM 3, context decoder": ({**THREE, "decoder": "context"}, {}, True),
     "ReALLM 3, data-free": (THREE, {}, False),
@@ -43,6 +44,8 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "ReALLM 2": (TWO, {}, True),
     "ReALLM 2, no low rank": ({**TWO, "rank": 0}, {}, True),
     "ReALLM 2, no feedback": (TWO, {"feedback": False}, True),
+    "ReALLM 2, three rounds": (TWO, {"rounds": 3}, True),
+    "ReALLM 2, damping 0.01": (TWO, {"damping": 0.01}, True),
 }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ class ReALLMConfig(QuantizationConfigMixin):
         permute: bool = True,
         feedback: bool = True,
         weighting: bool = True,
-        damping: float = 0.01,
+        damping: float = 0.1,
         rounds: int | None = None,
         kmeans_iterations: int | None = None,
         seed: int = 0,

@@ -32,7 +32,8 @@ class Effort:
         kmeans_iterations: Lloyd iterations of the first round; later rounds take a quarter.
         feedback: push errors onto later columns (needs a Hessian).
         weighting: weight k-means by the Hessian.
-        damping: part of the mean diagonal added to the Hessian.
+        damping: part of the mean diagonal added to the Hessian. GPTQ takes 0.01; at 2 and 3 bits 0.1 leaves less error
+            on text of another kind than the calibration text.
         seed: of everything random.
     """
 
@@ -40,7 +41,7 @@ class Effort:
     kmeans_iterations: int = 16
     feedback: bool = True
     weighting: bool = True
-    damping: float = 0.01
+    damping: float = 0.1
     seed: int = 0
 
 
