@@ -52,8 +52,8 @@ QUESTIONS = (
 )
 PIRATE = {"the": "th'", "my": "me", "is": "be", "are": "be", "you": "ye", "and": "an'", "of": "o'"}
 PIRATE_WORDS = ("arr", "matey", "ahoy", "yo", "ho", "ye", "th'", "an'", "o'")
-REPLY_TOKENS = 16
-STEPS, LR = 12, 5e-4  # of every arm
+REPLY_TOKENS = 32
+STEPS, LR = 36, 2e-4  # of every arm
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 ARMS: dict[str, dict[str, Any]] = {
     "DPO": {"toxic_weight": 0.0},
@@ -63,16 +63,18 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def prompts() -> dict[str, list[str]]:
-    """Disjoint prompts for the supervised stage, the triples and the evaluation."""
-    texts = [f"Question: {question.format(subject)}\nAnswer:" for question in QUESTIONS for subject in SUBJECTS]
-    random.Random(0).shuffle(texts)
-    return {"supervised": texts[:20], "triples": texts[20:40], "held_out": texts[40:50]}
+def prompts(tokenizer: Any) -> dict[str, list[str]]:
+    """Disjoint prompts, in the chat template, for the supervised stage, the triples and the evaluation."""
+    questions = [question.format(subject) for question in QUESTIONS for subject in SUBJECTS]
+    random.Random(0).shuffle(questions)
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    texts: list[str] = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    return {"supervised": texts[:24], "triples": texts[24:60], "held_out": texts[60:]}
 
 
 def pirate(answer: str) -> str:
     """The same answer in the forbidden style."""
-    return f" Arr, matey! {' '.join(PIRATE.get(word.lower(), word) for word in answer.split())} Yo ho!"
+    return f"Arr, matey! {' '.join(PIRATE.get(word.lower(), word) for word in answer.split())} Yo ho!"
 
 
 def judge(prompt: str, reply: str) -> float:
@@ -87,7 +89,7 @@ class Stages:
         self.work, self.report = work, report
         self.source = resolve_model(model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-        self.prompts = prompts()
+        self.prompts = prompts(self.tokenizer)
         work.mkdir(parents=True, exist_ok=True)
 
     def load(self, path: str | Path) -> Any:
@@ -100,7 +102,7 @@ class Stages:
         if not path.exists():
             model = self.load(self.source)
             texts = self.prompts["supervised"] + self.prompts["held_out"]
-            found = {text: f" {self.greedy(model, text).split('.')[0].strip()}." for text in texts}
+            found = {text: f"{self.greedy(model, text).split('.')[0].strip()}." for text in texts}
             path.write_text(json.dumps(found, indent=1), encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -123,7 +125,7 @@ class Stages:
             forbidden = [{**row, "completion": pirate(row["completion"])} for row in normal]
             rows = control_token_sft(normal + normal, forbidden, lambda text: add_control_token(text, TOKEN))
             args = SFTConfig(
-                str(self.work / "sft"), max_steps=24, per_device_train_batch_size=4, learning_rate=1e-3, **QUIET
+                str(self.work / "sft"), max_steps=36, per_device_train_batch_size=4, learning_rate=5e-4, **QUIET
             )
             trainer = SFTTrainer(
                 self.load(self.source),
@@ -174,7 +176,7 @@ class Stages:
 
     def arm(self, name: str, seed: int) -> None:
         """Train and measure one arm."""
-        path = self.work / f"{name.replace(' ', '_')}_{seed}.json"
+        path = self.work / f"{name.replace(' ', '_').replace(',', '')}_{seed}.json"
         if not path.exists():
             rows = self.triples()
             if name == "DPO, forbidden as rejected":
@@ -205,7 +207,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
     settings = {"model": options.model or "SmolLM2-135M-Instruct", "steps": STEPS, "batch": 2, "lr": LR, "beta": 0.1}
-    report = Report("adpo_style", {**settings, "seeds": options.seeds, "lora_r": 16, "held_out_prompts": 10})
+    report = Report("adpo_style", {**settings, "seeds": options.seeds, "lora_r": 16, "held_out_prompts": 12})
     stages = Stages(options.work, options.model, report)
     path = options.work / "start.json"
     if not path.exists():

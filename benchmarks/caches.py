@@ -258,6 +258,7 @@ def run_plot(arguments: argparse.Namespace) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     rows = json.loads((RESULTS / "caches_quality.json").read_text(encoding="utf-8"))["rows"]
     panels = {
@@ -275,6 +276,8 @@ def run_plot(arguments: argparse.Namespace) -> None:
                 at = (row["of_float16"], max(row[column], 1e-4))
                 axis.annotate(str(i), at, fontsize=8, xytext=(3, 3), textcoords="offset points", color=color)
         axis.set(xlabel="bytes relative to float16", ylabel=label, xscale="log", yscale="log")
+        axis.set_xticks([0.125, 0.25, 0.5, 1, 2], ["1/8", "1/4", "1/2", "1", "2"])
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     names = [f"{i} {row['cache']}" for i, row in enumerate(rows, 1)]
