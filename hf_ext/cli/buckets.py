@@ -10,6 +10,7 @@ from hf_ext.data.curriculum import CURRICULA
 from hf_ext.data.decompose import REMAINDERS, Decomposition
 from hf_ext.data.plots import plot_schedule, plot_statistics
 from hf_ext.data.shards import write_buckets
+from hf_ext.options import positive_integer
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
 
@@ -132,18 +133,28 @@ def _tokenizer(name: str | None) -> Any:
 
 
 def _tokenised(documents: Any, tokenizer: Any, arguments: argparse.Namespace) -> Any:
-    """Documents as ids; what is done stays in `datasets`' cache."""
+    """Documents as ids. `datasets`' cache keeps every shard that is done, for an interrupted run to go on."""
+    import datasets
+
     column = arguments.text_column
     if tokenizer is None:
         raise ValueError("The dataset has no column input_ids: name a --tokenizer.")
     if column not in documents.column_names:
         raise ValueError(f"The dataset has no column {column!r}; it has {', '.join(documents.column_names)}.")
-    return documents.map(
-        _Tokenise(tokenizer, column),
-        batched=True,
-        remove_columns=documents.column_names,
-        num_proc=arguments.num_proc if arguments.num_proc > 1 else None,
-        desc="Tokenising",
+    size = positive_integer("shard_documents", arguments.shard_documents)
+    starts = range(0, max(len(documents), 1), size)
+    return datasets.concatenate_datasets(
+        [
+            documents.select(range(start, min(start + size, len(documents)))).map(
+                _Tokenise(tokenizer, column),
+                batched=True,
+                remove_columns=documents.column_names,
+                features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+                num_proc=arguments.num_proc if arguments.num_proc > 1 else None,
+                desc=f"Tokenising shard {shard} of {len(starts)}",
+            )
+            for shard, start in enumerate(starts, 1)
+        ]
     )
 
 

@@ -24,7 +24,7 @@ def plot_statistics(statistics: BucketStatistics, path: str | Path) -> Path:
 
 
 def plot_schedule(sampler: Any, path: str | Path, epoch: int | None = None) -> Path:
-    """Draw the sequence length of every step of an epoch, and its mean over a fortieth of the epoch.
+    """Draw the sequence length of every step of an epoch, its running mean, and where cycles begin.
 
     Args:
         sampler: a `BucketBatchSampler`.
@@ -34,14 +34,19 @@ def plot_schedule(sampler: Any, path: str | Path, epoch: int | None = None) -> P
     pyplot = _pyplot()
     schedule = sampler.schedule(epoch)
     figure, axes = pyplot.subplots(figsize=(8, 3.5))
-    axes.scatter(np.arange(len(schedule)), schedule, s=3, alpha=0.5, label="one step")
-    window = max(1, len(schedule) // 40)
+    axes.scatter(np.arange(len(schedule)), schedule, s=4, alpha=0.6, label="one step")
+    window = max(1, len(schedule) // sampler.cycles // 5)
     means = np.convolve(schedule, np.ones(window) / window, mode="valid")
-    axes.plot(np.arange(len(means)) + window / 2, means, color="black", linewidth=1, label=f"mean of {window} steps")
+    middles = np.arange(len(means)) + (window - 1) / 2
+    axes.plot(middles, means, color="black", linewidth=1, label=f"mean of {window} steps")
+    for cycle in range(1, sampler.cycles):
+        begin = int((sampler.batches * cycle // sampler.cycles).sum())
+        axes.axvline(begin - 0.5, color="grey", linewidth=0.5, linestyle=":")
     axes.set_yscale("log", base=2)
+    axes.set_yticks(sampler.lengths, [str(length) for length in sampler.lengths])
     axes.set(xlabel="optimizer step", ylabel="sequence length (tokens)")
-    axes.set_title(f"{sampler.tokens_per_batch:,} tokens a step, {sampler.cycles} cycles", fontsize=9)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_title(f"{sampler.tokens_per_batch:,} tokens a step, {sampler.cycles} cycles", fontsize=9, loc="right")
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return _save(pyplot, figure, path)
 
 

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from hf_ext.cli import main
-from hf_ext.cli.buckets import eos_token_id, load_documents
+from hf_ext.cli.buckets import _Tokenise, eos_token_id, load_documents
 
 
 @pytest.fixture
@@ -36,21 +36,46 @@ def test_writes_buckets_statistics_and_pictures(documents, tmp_path, capsys):
     assert found["total_tokens"] == 480 - 32
 
 
-def test_text_is_tokenised(tmp_path, capsys):
+@pytest.fixture
+def tokenizer(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "b": 2, "?": 3}, "?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(str(tmp_path / "tokenizer"))
+    return tmp_path / "tokenizer"
+
+
+def test_text_is_tokenised(tokenizer, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("a b a b\na b a")
-    assert call(text, "--out", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer", "--min-length", 8) == 0
+    assert call(text, "--out", tmp_path / "out", "--tokenizer", tokenizer, "--min-length", 8) == 0
     assert datasets.load_from_disk(str(tmp_path / "out"))["input_ids"][0] == [1, 2, 1, 2, 1, 2, 1, 0]
     assert call(text, "--out", tmp_path / "new") == 1
     assert "no column input_ids: name a --tokenizer" in capsys.readouterr().err
-    assert call(text, "--out", tmp_path / "new", "--tokenizer", tmp_path / "tokenizer", "--text-column", "x") == 1
+    assert call(text, "--out", tmp_path / "new", "--tokenizer", tokenizer, "--text-column", "x") == 1
     assert "no column 'x'; it has text" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_the_shards_that_are_tokenised(tokenizer, tmp_path, monkeypatch):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "a b " * n}) + "\n" for n in range(1, 13)))
+    words = (texts, "--out", tmp_path / "out", "--tokenizer", tokenizer, "--min-length", 2, "--shard-documents", 5)
+    tokenise, seen = _Tokenise.__call__, []
+
+    def interrupted(self, batch):
+        if len(seen) == 10 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        seen.extend(batch["text"])
+        return tokenise(self, batch)
+
+    monkeypatch.setattr(_Tokenise, "__call__", interrupted)
+    assert call(*words) == 130
+    (tmp_path / "again").touch()
+    assert call(*words) == 0
+    assert len(seen) == 12 == len(set(seen))  # no document twice
+    assert json.loads((tmp_path / "out" / "buckets.json").read_text())["documents"] == 12
 
 
 def test_folders_of_datasets_and_their_splits(tmp_path):
