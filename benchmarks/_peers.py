@@ -1,9 +1,11 @@
 r"""Puts ``benchmarks/.venv-peers`` on the path, where other projects' packages may lie; import it before transformers.
 
+They come without their dependencies, which ask for other versions of what is installed here and are not needed:
+
 ```bash
 python -m venv --without-pip benchmarks/.venv-peers
 pip install --no-deps --target benchmarks/.venv-peers/lib/python3.11/site-packages \\
-    optimum-quanto==0.2.7 hqq==0.2.8.post1 termcolor einops
+    --requirement benchmarks/requirements-peers.txt
 ```
 """
 

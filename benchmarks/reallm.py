@@ -1,12 +1,13 @@
 """ReALLM against other quantizers on a real model: perplexity at measured bits per weight, time and memory.
 
-    python benchmarks/reallm.py --calibration FOLDER --text wiki.test.raw [--only reallm-3 reallm-2 ...]
+    python benchmarks/reallm.py --calibration FOLDER --text wiki.test.raw pydoc gsm8k.jsonl [--only reallm-3 NF4 ...]
 
 Every method runs in a process of its own, which also measures its peak memory, and its row is kept in ``--work``: an
-interrupted run goes on where it stopped. Perplexity is taken on non-overlapping windows of the text, tokenised once.
-The default model's weights already lie on a 4-bit grid of groups of 32 columns, so 4-bit rows say little about other
-models, and no row uses that grouping. Calibration text must not be related to the text measured. HQQ and quanto are
-imported from wherever they are installed; ``pip install --no-deps hqq optimum-quanto einops termcolor`` is enough.
+interrupted run goes on where it stopped. Perplexity is taken on non-overlapping windows of a text, tokenised once;
+texts after the first are shorter samples, and are left out where the first shows a model that is of no use. The
+default model's weights already lie on a 4-bit grid of groups of 32 columns, so 4-bit rows say little about other
+models, and no row uses that grouping. Calibration text must not be related to the texts measured. HQQ and quanto are
+found as benchmarks/_peers.py says.
 """
 
 import argparse
@@ -21,23 +22,17 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from _quantizers import load_hqq, load_nf4, load_quanto
 from _run import Report
+from _texts import read_text
 
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+USELESS = 1000  # a perplexity from which on no second text is worth measuring
 ROUNDING = {"codebook": "uniform", "affine": True, "group_size": 64, "permute": False, "rank": 0}
 
 # method -> options of ReALLMConfig; "calibrated" is replaced by the calibration text
 METHODS: dict[str, dict[str, Any] | None] = {
     "float32": None,
-    "reallm-3": {"budget": 3.25, "rounds": 3, "calibrated": True},
-    "reallm-2": {"budget": 2.45, "rounds": 3, "calibrated": True},
-    "reallm-3 one shape": {"bits": 3, "rank": 10, "damping": 0.01, "calibrated": True},
-    "reallm-2 one shape": {"bits": 2, "rank": 16, "damping": 0.01, "calibrated": True},
-    "reallm-3 one shape, quality": {"bits": 3, "rank": 10, "rounds": 3, "calibrated": True},
-    "reallm-2 one shape, quality": {"bits": 2, "rank": 16, "rounds": 3, "calibrated": True},
-    "reallm-4": {"bits": 4, "rank": 2, "calibrated": True},
-    "reallm-3 data-free": {"bits": 3, "rank": 4},
-    "GPTQ-3": {"bits": 3, **ROUNDING, "calibrated": True},
+    "RTN-4": {"bits": 4, **ROUNDING},
     "RTN-3": {"bits": 3, **ROUNDING},
     "RTN-2": {"bits": 2, **ROUNDING},
     "NF4 (bitsandbytes)": None,
@@ -46,6 +41,16 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "HQQ-2": None,
     "quanto int4": None,
     "quanto int2": None,
+    "GPTQ-4": {"bits": 4, **ROUNDING, "calibrated": True},
+    "GPTQ-3": {"bits": 3, **ROUNDING, "calibrated": True},
+    "reallm-3": {"budget": 3.25, "rounds": 3, "calibrated": True},
+    "reallm-2": {"budget": 2.45, "rounds": 3, "calibrated": True},
+    "reallm-3 one shape": {"bits": 3, "rank": 10, "calibrated": True},
+    "reallm-2 one shape": {"bits": 2, "rank": 16, "calibrated": True},
+    "reallm-3 one shape, quality": {"bits": 3, "rank": 10, "rounds": 3, "calibrated": True},
+    "reallm-2 one shape, quality": {"bits": 2, "rank": 16, "rounds": 3, "calibrated": True},
+    "reallm-4": {"bits": 4, "rank": 2, "calibrated": True},
+    "reallm-3 data-free": {"bits": 3, "rank": 4},
     # what each ingredient buys, at 3 bits and one shape
     "3 bits: no low rank": {"bits": 3, "rank": 0, "calibrated": True},
     "3 bits: no feedback": {"bits": 3, "rank": 4, "feedback": False, "calibrated": True},
@@ -63,20 +68,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="name or folder; the embedded model by default")
     parser.add_argument("--calibration", required=True, help="text file or folder to calibrate on")
-    parser.add_argument("--text", required=True, help="text file to measure perplexity on")
+    parser.add_argument("--text", required=True, nargs="+", help="texts to measure perplexity on; see _texts.py")
     parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4, help="windows of the first text")
+    parser.add_argument("--other-windows", type=int, default=1, help="windows of each other text")
     parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--report", default="reallm", help="name of the result files")
     parser.add_argument("--work", default="out/reallm", help="where finished rows and ReALLM models are kept")
     parser.add_argument("--one", choices=list(METHODS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments)))
         return
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("one", "only", "work")}
-    settings["calibration"], settings["text"] = Path(arguments.calibration).name, Path(arguments.text).name
-    report = Report("reallm", settings)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("one", "only", "work", "report")}
+    settings["calibration"] = Path(arguments.calibration).name
+    settings["text"] = [Path(text).stem for text in arguments.text]
+    report = Report(arguments.report, settings)
     for method in METHODS:
         row = _row(method, arguments)
         if row is not None:
@@ -104,98 +112,66 @@ def _place(method: str, arguments: argparse.Namespace) -> Path:
 
 def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Quantise by one method and measure."""
-    from hf_ext.default_model import load_model
-    from hf_ext.evaluation import perplexity, tokenize
+    from transformers import AutoTokenizer
+
+    from hf_ext.default_model import resolve_model
 
     before = time.perf_counter()
-    if method.startswith("NF4"):
-        model, tokenizer, bits = _nf4(arguments)
-    elif method.startswith(("HQQ", "quanto")):
-        model, tokenizer, bits = _peer(method, arguments)
-    elif METHODS[method] is None:
-        (model, tokenizer), bits = load_model(arguments.model), {"linear": 32.0}
-    else:
-        model, tokenizer, bits = _reallm(METHODS[method] or {}, arguments, _place(method, arguments))
+    model, linear, whole_file = _load(method, arguments)
     seconds = time.perf_counter() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    ids = tokenize(tokenizer, Path(arguments.text).read_text(encoding="utf-8"))
-    found = perplexity(model, ids, arguments.window, max_windows=arguments.windows)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(arguments.model))
     return {
         "method": method,
-        "bits_linear": round(bits["linear"], 3),
-        "bits_file": round(bits.get("whole_file", float("nan")), 3) if "whole_file" in bits else None,
-        "perplexity": round(found.perplexity, 2),
-        "tokens": found.tokens,
+        "bits_linear": round(linear, 3),
+        "bits_file": None if whole_file is None else round(whole_file, 3),
+        **_perplexities(model, tokenizer, arguments),
         "load_and_quantise_s": round(seconds, 1),
         "peak_mib": round(peak),
+        "threads": torch.get_num_threads(),
     }
 
 
-def _reallm(options: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> tuple[Any, Any, dict[str, float]]:
+def _load(method: str, arguments: argparse.Namespace) -> tuple[Any, float, float | None]:
+    """The model, its bits per weight in linear layers, and in the whole file where it writes one."""
+    if method == "float32":
+        from hf_ext.default_model import load_model
+
+        return load_model(arguments.model)[0], 32.0, None
+    if METHODS[method] is not None:
+        return _reallm(dict(METHODS[method] or {}), arguments, _place(method, arguments))
+    if method.startswith("NF4"):
+        return *load_nf4(arguments.model), None
+    load = load_hqq if method.startswith("HQQ") else load_quanto
+    return *load(arguments.model, int(method[-1])), None
+
+
+def _reallm(options: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> tuple[Any, float, float]:
     from hf_ext import ReALLMConfig
     from hf_ext.default_model import load_model
     from hf_ext.quant.integrity import bits_on_disk
     from hf_ext.quant.linear import set_decode_mode
 
-    options = dict(options)
     if options.pop("calibrated", False):
         options |= {"calibration": arguments.calibration, "windows": arguments.calibration_windows}
-    model, tokenizer = load_model(arguments.model, quantization_config=ReALLMConfig(**options))
+    model, _ = load_model(arguments.model, quantization_config=ReALLMConfig(**options))
     model.save_pretrained(folder)
     bits = bits_on_disk(folder)
     set_decode_mode(model, "once")
-    return model, tokenizer, bits
+    return model, bits["linear"], bits["whole_file"]
 
 
-def _nf4(arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, float]]:
-    from transformers import BitsAndBytesConfig
+def _perplexities(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    from hf_ext.evaluation import perplexity, tokenize
 
-    from hf_ext.default_model import load_model
-
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model, tokenizer = load_model(arguments.model, quantization_config=config)
-    stored = weights = 0
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in LINEAR:
-            state = module.weight.quant_state
-            stored += module.weight.numel() + 4 * state.absmax.numel()
-            weights += state.shape.numel()
-    return model, tokenizer, {"linear": 8 * stored / weights}
-
-
-def _peer(method: str, arguments: argparse.Namespace) -> tuple[Any, Any, dict[str, float]]:
-    """HQQ in groups of 64 and optimum-quanto in its own groups, with 16 bits for each scale and shift as they keep."""
-    from hf_ext.default_model import load_model
-
-    model, tokenizer = load_model(arguments.model)
-    stored = weights = 0.0
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in LINEAR:
-            width = int(method[-1])
-            quantize = _hqq if method.startswith("HQQ") else _quanto
-            dense, groups = quantize(module.weight.detach(), width)
-            module.weight.data = dense
-            stored += width * dense.numel() + 2 * 16 * groups
-            weights += dense.numel()
-    return model, tokenizer, {"linear": stored / weights}
-
-
-def _hqq(weight: torch.Tensor, width: int) -> tuple[torch.Tensor, int]:
-    from hqq.core.quantize import Quantizer
-
-    options = {"group_size": 64, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
-    packed, found = Quantizer.quantize(weight, nbits=width, **options)
-    return Quantizer.dequantize(packed, found).view_as(weight), found["scale"].numel()
-
-
-def _quanto(weight: torch.Tensor, width: int) -> tuple[torch.Tensor, int]:
-    from optimum.quanto import freeze, qint2, qint4, quantize
-
-    holder = torch.nn.Sequential(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False))
-    holder[0].weight.data = weight
-    quantize(holder, weights={2: qint2, 4: qint4}[width])
-    freeze(holder)
-    return holder[0].weight.dequantize().detach(), holder[0].weight._scale.numel()
+    found: dict[str, float] = {}
+    for text in arguments.text:
+        if found and min(found.values()) > USELESS:
+            break
+        ids, count = tokenize(tokenizer, read_text(text)), arguments.other_windows if found else arguments.windows
+        measured = perplexity(model, ids, arguments.window, max_windows=count)
+        found[Path(text).stem] = round(measured.perplexity, 2)
+    return found
 
 
 if __name__ == "__main__":

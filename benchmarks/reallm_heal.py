@@ -8,7 +8,6 @@ state is kept in ``--work``, so an interrupted run goes on. Text trained on must
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _run import Report
+from _texts import read_text
 
 
 def main() -> None:
@@ -73,22 +73,10 @@ def _perplexities(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> 
 
     found = {}
     for text in arguments.text:
-        ids = tokenize(tokenizer, _read(text))
+        ids = tokenize(tokenizer, read_text(text))
         measured = perplexity(model, ids, arguments.window, max_windows=arguments.windows)
         found[Path(text).stem] = round(measured.perplexity, 2)
     return found
-
-
-def _read(text: str) -> str:
-    if text == "pydoc":
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[topic] for topic in sorted(topics))
-    content = Path(text).read_text(encoding="utf-8")
-    if not text.endswith(".jsonl"):
-        return content
-    rows = [json.loads(line) for line in content.splitlines()]
-    return "\n\n".join("\n".join(value for value in row.values() if isinstance(value, str)) for row in rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Decoding and prefill speed of ReALLM layers against bfloat16, NF4 and quanto, in one run, taken in turn.
+"""Decoding and prefill speed of ReALLM layers against dense weights, NF4 and quanto, in one run, taken in turn.
 
-    python benchmarks/reallm_speed.py [--repeats 5]
+    python benchmarks/reallm_speed.py [--repeats 5] [--decoders identity trellis] [--only "ReALLM 3 bits" ...]
 
-The model is the default one in bfloat16. The codes of its ReALLM layers are random: their values change neither what
-is read nor what is computed. Memory is what the linear layers hold, run-time tables included.
+The codes of the ReALLM layers are random: their values change neither what is read nor what is computed. Memory is
+what the linear layers hold, run-time tables included, the output head aside. Quanto is found as benchmarks/_peers.py
+says; its row is left out where it is not installed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from _quantizers import linear_layers, load_nf4
 from _run import Report
 
 PROMPT = 64
@@ -28,17 +30,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in one measurement")
     parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument(
+        "--decoders", nargs="+", default=["identity"], help="of the ReALLM layers: ReALLMConfig.decoder"
+    )
+    parser.add_argument("--only", nargs="*", help="rows to take; all by default")
     arguments = parser.parse_args()
-    from hf_ext.quant.shape import MatrixShape
-
     report = Report("reallm_speed", vars(arguments))
-    models: dict[str, Any] = {
-        "bfloat16": _load(arguments.model),
-        "NF4 (bitsandbytes)": _load(arguments.model, nf4=True),
-        "quanto int4": _quanto(_load(arguments.model)),
-        "ReALLM 3 bits": _random_codes(_load(arguments.model), MatrixShape(2, 6, rank=4, permute=True)),
-        "ReALLM 2 bits": _random_codes(_load(arguments.model), MatrixShape(4, 8, rank=4, permute=True)),
-    }
+    models = {name: load() for name, load in _loaders(arguments).items()}
     models = {name: model for name, model in models.items() if model is not None}
     with torch.no_grad():  # quanto's tensors do not work in inference mode
         readers = {name: partial(_prefill, model, arguments.prefill) for name, model in models.items()}
@@ -49,6 +47,7 @@ def main() -> None:
         linear, stored = _linear_bytes(model)
         report.row(
             layers=name,
+            dtype=str(model.dtype).removeprefix("torch."),
             decode_tokens_per_s=round(arguments.tokens / decode[name], 1),
             prefill_tokens_per_s=round(arguments.prefill / prefill[name], 1),
             linear_mib=round(linear / 2**20, 2),
@@ -57,43 +56,63 @@ def main() -> None:
     report.save()
 
 
-def _load(name: str | None, nf4: bool = False) -> Any:
-    from transformers import BitsAndBytesConfig
+def _loaders(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """The rows by name, each as a function that makes its model; bfloat16 where the name says nothing."""
+    half, single = torch.bfloat16, torch.float32
+    loaders: dict[str, Callable[[], Any]] = {
+        "dense float32": partial(_load, arguments.model, single),
+        "dense bfloat16": partial(_load, arguments.model, half),
+        "NF4 (bitsandbytes)": lambda: load_nf4(arguments.model, half)[0],
+        "NF4 (bitsandbytes), float32": lambda: load_nf4(arguments.model, single)[0],
+        "quanto int4": partial(_quanto, arguments.model),
+    }
+    for decoder in arguments.decoders:
+        suffix = "" if decoder == "identity" else f", {decoder}"
+        for bits in (3, 2):
+            name = f"ReALLM {bits} bits{suffix}"
+            loaders[name] = partial(_reallm, arguments.model, half, bits, decoder)
+            loaders[f"{name}, float32"] = partial(_reallm, arguments.model, single, bits, decoder)
+    wanted = loaders if arguments.only is None else arguments.only
+    unknown = [name for name in wanted if name not in loaders]
+    if unknown:
+        raise SystemExit(f"--only names {unknown[0]!r}; there are {', '.join(loaders)}.")
+    return {name: loaders[name] for name in wanted}
 
+
+def _load(name: str | None, dtype: torch.dtype) -> Any:
     from hf_ext.default_model import load_model
 
-    options = {}
-    if nf4:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    return load_model(name, dtype=torch.bfloat16, **options)[0]
+    return load_model(name, dtype=dtype)[0]
 
 
-def _quanto(model: Any) -> Any:
+def _quanto(name: str | None) -> Any:
     """The model with the int4 weights of optimum-quanto, or None where that is not installed."""
     try:
         from optimum.quanto import freeze, qint4, quantize
     except ImportError:
         return None
+    model = _load(name, torch.bfloat16)
     quantize(model, weights=qint4, exclude="lm_head")
     freeze(model)
     return model
 
 
-def _random_codes(model: Any, shape: Any) -> Any:
-    """The model with ReALLM layers of that shape in place of its linear layers, filled at random."""
+def _reallm(name: str | None, dtype: torch.dtype, bits: float, decoder: str) -> Any:
+    """The model with ReALLM layers of the default shape in place of its linear layers, filled at random."""
     from hf_ext import ReALLMConfig, ReALLMLinear
     from hf_ext.quant.container import empty_parts
     from hf_ext.quant.quantize import linear_names
 
-    for name in linear_names(model, ReALLMConfig()):
-        old = model.get_submodule(name)
+    model, config = _load(name, dtype), ReALLMConfig(bits=bits, decoder=decoder)
+    for layer in linear_names(model, config):
+        old = model.get_submodule(layer)
+        shape = config.shape_for(old.out_features, old.in_features)
         parts = empty_parts(shape, old.out_features, old.in_features, "cpu")
         for part in parts.values():
-            part.normal_(0, 0.05) if part.is_floating_point() else part.random_(0, 256)
-        parts["perm"] = torch.randperm(old.in_features).to(parts["perm"].dtype)
-        model.set_submodule(name, ReALLMLinear.from_parts(parts, shape, old.in_features, old.bias))
+            part.normal_(0, 0.05) if part.is_floating_point() else part.random_()
+        if "perm" in parts:
+            parts["perm"] = torch.randperm(old.in_features).to(parts["perm"].dtype)
+        model.set_submodule(layer, ReALLMLinear.from_parts(parts, shape, old.in_features, old.bias))
     return model
 
 
@@ -116,24 +135,25 @@ def _decoder(model: Any, tokens: int) -> Callable[[], None]:
 
 def _linear_bytes(model: Any) -> tuple[int, int]:
     """Bytes that the linear layers hold, the head aside, and bytes that they would take in a file."""
+    sizes = [_layer_bytes(layer) for layer in linear_layers(model).values()]
+    return sum(held for held, _ in sizes), sum(stored for _, stored in sizes)
+
+
+def _layer_bytes(layer: Any) -> tuple[int, int]:
     from hf_ext import ReALLMLinear
 
-    held = stored = 0
-    for name, module in model.named_modules():
-        if isinstance(module, ReALLMLinear):
-            parts = {part.data_ptr(): part for part in module.parts.values()}
-            stored += sum(part.nbytes for part in parts.values())
-            extra = getattr(vars(module.kernel()).get("_prepared"), "_obj", None)
-            parts |= {tensor.data_ptr(): tensor for tensor in getattr(extra, "tensors", ()) if tensor is not None}
-            held += sum(part.nbytes for part in parts.values())
-        elif isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-            state = getattr(module.weight, "quant_state", None)
-            size = module.weight.nbytes + (0 if state is None else state.absmax.nbytes)
-            if hasattr(module.weight, "_shift"):  # quanto: packed values, a scale and a shift for each group
-                packed = module.weight._data._data
-                size = packed.nbytes + module.weight._scale.nbytes + module.weight._shift.nbytes
-            stored, held = stored + size, held + size
-    return held, stored
+    if isinstance(layer, ReALLMLinear):
+        parts = {part.data_ptr(): part for part in layer.parts.values()}
+        stored = sum(part.nbytes for part in parts.values())
+        prepared = getattr(vars(layer.kernel()).get("_prepared"), "_obj", None)
+        parts |= {tensor.data_ptr(): tensor for tensor in getattr(prepared, "tensors", ()) if tensor is not None}
+        return sum(part.nbytes for part in parts.values()), stored
+    size = layer.weight.nbytes
+    if hasattr(layer.weight, "_shift"):  # quanto: packed values, a scale and a shift for each group
+        size = layer.weight._data._data.nbytes + layer.weight._scale.nbytes + layer.weight._shift.nbytes
+    elif hasattr(layer.weight, "quant_state"):  # bitsandbytes
+        size += layer.weight.quant_state.absmax.nbytes
+    return size, size
 
 
 if __name__ == "__main__":
