@@ -88,6 +88,11 @@ class BucketedTrainerMixin:
             if "bucket" not in (getattr(rows, "column_names", None) or ()):
                 with self.args.main_process_first(desc="cutting documents"):
                     rows = decompose(rows, **self._decompose_options())
+                if self.args.bucket_remainder == "drop" and "labels" in (rows.column_names or ()):
+                    logger.warning(
+                        "bucket_remainder='drop' leaves out the end of nearly every document, and with it the end of "
+                        "an answer and its EOS; with 'pad' they are learned."
+                    )
             self._bucket_rows = (self.train_dataset, rows)
         return self._bucket_rows[1]
 

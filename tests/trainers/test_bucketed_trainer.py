@@ -196,17 +196,26 @@ def test_evaluation_is_the_hosts(tmp_path):
 
 
 def test_a_graph_for_each_length(tmp_path):
+    """As many graphs as lengths, however many targets a batch has; and no more of them after resuming."""
     _dynamo.reset()
-    args = arguments(tmp_path, max_steps=12, torch_compile=True, torch_compile_backend="eager")
-    trainer = Recording(tiny_model(), args, train_dataset=documents())
-    loader = trainer.get_train_dataloader()
-    assert trainer.accelerator.state.dynamo_plugin.dynamic is False and len(loader) > 0
-    assert _dynamo.config.recompile_limit >= 6 + 8
-    before = _dynamo.utils.counters["stats"]["unique_graphs"]
+    counts = _dynamo.utils.counters["stats"]
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "bucket_remainder": "pad", "max_steps": 14}
+    options |= {"save_strategy": "steps", "save_steps": 7}
+    trainer = Recording(tiny_model(), arguments(tmp_path, **options), train_dataset=documents())
+    before = counts["unique_graphs"]
     trainer.train()
+    assert trainer.accelerator.state.dynamo_plugin.dynamic is False
+    assert _dynamo.config.recompile_limit >= 6 + 8
     lengths = {batch.shape[1] for batch in trainer.seen}
     assert len(lengths) == 3
-    assert _dynamo.utils.counters["stats"]["unique_graphs"] - before == len(lengths)
+    assert counts["unique_graphs"] - before == len(lengths)
+    _dynamo.reset()  # a new process
+    resumed = Recording(tiny_model(), arguments(tmp_path, **options), train_dataset=documents())
+    before = counts["unique_graphs"]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert len(resumed.seen) == 7
+    assert counts["unique_graphs"] - before == len({batch.shape[1] for batch in resumed.seen})
+    assert torch.equal(weights(resumed), weights(trainer))
 
 
 def sft_trainer(tmp_path, data, **options):
@@ -247,6 +256,27 @@ def test_sft_trainer_learns_completions_only(tmp_path):
     assert sum(i == 2 for i, _ in learned) == len(data)  # every document's EOS is learned once
     logs = trainer.state.log_history
     assert logs[2]["num_tokens"] == 3 * 64 and "mean_token_accuracy" in logs[2] and "sequence_length" in logs[2]
+
+
+def test_sft_trainer_on_a_stream(tmp_path):
+    rows = [{"prompt": "w5 " * 4, "completion": " w7" * (9 + n % 20)} for n in range(40)]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    trainer = sft_trainer(tmp_path, stream, bucket_remainder="pad", bucket_window_steps=4, max_steps=6)
+    labels = [batch["labels"] for batch in trainer.get_train_dataloader()]
+    assert {int(label) for batch in labels for label in batch.flatten()} == {-100, 7, 2}
+    trainer.train()
+    assert len(trainer.seen) == 6 and len({batch.shape[1] for batch in trainer.seen}) > 1
+    assert all(batch.numel() == 64 for batch in trainer.seen)
+
+
+def test_answers_that_lose_their_end_are_warned_of(tmp_path, caplog):
+    data = datasets.Dataset.from_list([{"prompt": "w5 " * 4, "completion": " w7" * 9} for _ in range(8)])
+    rows = sft_trainer(tmp_path, data).bucket_rows()
+    assert all(2 not in row for row in rows["labels"])  # 14 tokens with EOS: the last six are dropped
+    assert "leaves out the end of nearly every document" in caplog.text
+    caplog.clear()
+    sft_trainer(tmp_path, data, bucket_remainder="pad").bucket_rows()
+    assert not caplog.text
 
 
 def test_sft_options_that_undo_buckets(tmp_path):
