@@ -5,6 +5,8 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.exists():
         raise ValueError(f"{out} exists already; give a folder that does not.")
+    from hf_ext.cli.quantize_report import write_report
     from hf_ext.quant.config import ReALLMConfig
     from hf_ext.quant.integrity import bits_on_disk
     from hf_ext.quant.quantize import Progress
     from hf_ext.quant.quantizer import quantize_in_place
 
+    arguments.device = arguments.device or "cpu"  # where calibration runs
     settings = {name: getattr(arguments, name) for name in OPTIONS}
     text = None if arguments.text is None else read_text(arguments.text, "utf-8")
     config = ReALLMConfig(**settings)
@@ -65,12 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
     model, config.tokenizer = load(arguments)
     before = _perplexity(model, config.tokenizer, text, arguments.text_windows)
     began = time.perf_counter()
-    errors = quantize_in_place(model, config, Progress(folder=work / "layers", show=sys.stderr.isatty()))
+    with _writing(work):
+        errors = quantize_in_place(model, config, Progress(folder=work / "layers", show=sys.stderr.isatty()))
     seconds = time.perf_counter() - began
     after = _perplexity(model, config.tokenizer, text, arguments.text_windows)
-    model.save_pretrained(work / "model")
+    with _writing(work):
+        model.save_pretrained(work / "model")
     config.tokenizer.save_pretrained(work / "model")
     report: dict[str, Any] = {
+        "model": arguments.model or "SmolLM2-135M-Instruct",
         "settings": settings,
         "seconds": round(seconds, 1),
         "bits": bits_on_disk(work / "model"),
@@ -78,13 +85,24 @@ def run(arguments: argparse.Namespace) -> int:
         "perplexity_after": after,
         "layers": _rows(model, errors),
     }
-    _write_report(work / "model", report)
+    write_report(work / "model", report)
     (work / "model").replace(out)
     shutil.rmtree(work)
     linear, whole = report["bits"]["linear"], report["bits"]["whole_file"]
     told = f"{out}: {linear:.3f} bits a weight in the linear layers, {whole:.3f} in the whole file"
     console().print(f"{told}; report in {out / 'report.md'}")
     return 0
+
+
+@contextmanager
+def _writing(work: Path) -> Iterator[None]:
+    """Raise safetensors' own error, such as that of a full disk, as the `OSError` that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{work} could not be written ({error}); what is done is kept there.") from error
 
 
 def _workplace(out: Path, settings: dict[str, Any]) -> Path:
@@ -129,49 +147,3 @@ def _rows(model: Any, errors: dict[str, float]) -> list[dict[str, Any]]:
         }
         for name, layer in quantized_layers(model).items()
     ]
-
-
-def _write_report(folder: Path, report: dict[str, Any]) -> None:
-    """``report.json``, ``report.md`` and, with matplotlib, ``report.png``."""
-    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    bits, rows = report["bits"], report["layers"]
-    lines = [
-        "# Quantised with ReALLM",
-        "",
-        f"- {bits['linear']:.3f} bits a weight in the linear layers, {bits['whole_file']:.3f} in the whole file "
-        f"({bits['file_bytes'] / 2**20:.1f} MiB), from the bytes on disk",
-        f"- quantised in {report['seconds']:.0f} s",
-    ]
-    if report["perplexity_before"] is not None:
-        lines.append(f"- perplexity {report['perplexity_before']:.3f} before, {report['perplexity_after']:.3f} after")
-    lines += [f"- `{name}`: {value}" for name, value in report["settings"].items()]
-    lines += [
-        "",
-        "| layer | size | bits per code | weights per code | rank | bits a weight | error |",
-        "|" + "---|" * 7,
-    ]
-    lines += ["| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows]
-    lines += ["", "The error is the loss on the layer's outputs relative to having no weight at all.", ""]
-    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    _plot(folder / "report.png", rows)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    error, bits = figure.subplots(2, sharex=True)
-    for kind in dict.fromkeys(row["layer"].rpartition(".")[2] for row in rows):
-        mine = [(at, row) for at, row in enumerate(rows) if row["layer"].endswith(f".{kind}")]
-        error.plot([at for at, _ in mine], [row["error"] for _, row in mine], ".-", label=kind, linewidth=0.7)
-        bits.plot([at for at, _ in mine], [row["bits"] for _, row in mine], ".", label=kind)
-    error.set(ylabel="relative error", yscale="log")
-    error.legend(ncols=7, fontsize="small")
-    bits.set(xlabel="layer, in the order of the model", ylabel="bits a weight")
-    figure.savefig(path, dpi=120)

@@ -76,13 +76,16 @@ def test_mistakes_end_in_a_sentence(folder, tmp_path, text, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_no_model_behind(folder, tmp_path, text, monkeypatch, capsys):
-    import transformers.modeling_utils
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
-    assert main(arguments(folder, tmp_path, text)) == 1
-    assert "No space left" in capsys.readouterr().err
+@pytest.mark.parametrize("room", [1_000, 60_000])  # not enough for a layer; for all layers, but not for the model
+def test_a_full_disk_leaves_no_model_behind_and_loses_nothing(folder, tmp_path, text, capsys, room):
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))  # the system itself refuses to write more to a file
+    try:
+        assert main(arguments(folder, tmp_path, text)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "out.unfinished could not be written (" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert main(arguments(folder, tmp_path, text)) == 0
+    assert len(quantized_layers(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) == 28

@@ -201,6 +201,24 @@ def test_the_sft_trainer_accepts_it(base, tmp_path):
     assert torch.isfinite(torch.tensor(trainer.train().training_loss))
 
 
+def test_buckets_train_it(base, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from hf_ext import BucketedTrainer, BucketedTrainingArguments
+
+    model = prepare_for_training(low_rank_to_adapter(base))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    arguments = BucketedTrainingArguments(
+        str(tmp_path), bucket_min_length=8, bucket_max_length=16, bucket_cycles=1, learning_rate=1e-2, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True, per_device_train_batch_size=1, max_steps=3,
+    )  # fmt: skip
+    documents = datasets.Dataset.from_dict(
+        {"input_ids": [row[:length].tolist() for row in IDS for length in (11, 16)]}
+    )
+    BucketedTrainer(model, arguments, train_dataset=documents).train()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != ("lora_" in name), name
+
+
 def test_uninstalling_gives_peft_its_own_function_back(base):
     import peft.tuners.lora.model as host
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_ext import ReALLMConfig, ReALLMLinear
@@ -213,7 +213,6 @@ def test_a_truncated_file_is_noticed(quantized, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.scales", "model.norm.weight"])
 def test_a_missing_tensor_is_noticed(quantized, tmp_path, name):
-    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     file = copy_of(quantized, tmp_path) / "model.safetensors"
@@ -249,23 +248,29 @@ def test_a_config_of_another_version_is_refused(quantized, tmp_path, change, sen
         load(edited(quantized, tmp_path, change))
 
 
-def test_nothing_half_written_is_taken_for_whole(quantized, tmp_path, monkeypatch):
-    import transformers.modeling_utils
+@pytest.fixture
+def full_disk():
+    """Files may not exceed so many bytes: the system itself refuses to write more."""
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda room: resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
-    model, calls = load(quantized), []
 
-    def full_disk(tensors, path, **kwargs):
-        calls.append(path)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        return original(tensors, path, **kwargs)
-
-    original = transformers.modeling_utils.safe_save_file
-    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        model.save_pretrained(tmp_path, max_shard_size="30KB")
-    with pytest.raises(OSError):
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+@pytest.mark.parametrize("over", [False, True])
+def test_nothing_half_written_is_taken_for_whole(plain, quantized, tmp_path, full_disk, shard, over):
+    if over:  # an older model lies in the folder
+        config = ReALLMConfig(bits=2, rank=2)
+        load(plain, quantization_config=config).save_pretrained(tmp_path, max_shard_size=shard)
+    model = load(quantized)
+    expected = model(IDS[:1]).logits
+    full_disk(30_000)
+    with pytest.raises((OSError, SafetensorError), match=r"os error 27|File too large"):
+        model.save_pretrained(tmp_path, max_shard_size=shard)
+    with pytest.raises((OSError, ValueError, RuntimeError)):  # no weights, a part of them, or those of the older model
         load(tmp_path)
+    assert torch.equal(model(IDS[:1]).logits, expected)
 
 
 def test_bad_models_and_weights_are_refused(plain, tmp_path):
