@@ -64,6 +64,11 @@ float read(const void *data, int64_t index, int32_t type) {
     return type == F16 ? half_to_float(bits) : bfloat_to_float(bits);
 }
 
+void read_row(const void *data, int64_t at, float *values, int64_t n, int32_t type) {
+    if (type == F32) std::memcpy(values, static_cast<const float *>(data) + at, n * 4);
+    else for (int64_t i = 0; i < n; i++) values[i] = read(data, at + i, type);
+}
+
 void write_row(void *data, int64_t at, const float *values, int64_t n, int32_t type) {
     if (type == F32) {
         std::memcpy(static_cast<float *>(data) + at, values, n * 4);
@@ -106,9 +111,17 @@ void unpack_row(const uint8_t *packed, int64_t row_bytes, int32_t bits, int64_t 
     }
 }
 
-// sum over n codes of table[code] . x, both `width` floats wide
+#if defined(__AVX2__)
+float sum_of(__m256 v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
+
+// sum over n codes of table[code] . x, both `width` floats wide; a table of width 1 has at least 16 rows
 template <int width>
-float dot(const uint8_t *codes, int64_t n, const float *table, const float *x) {
+float dot(const uint8_t *codes, int64_t n, const float *table, int32_t bits, const float *x) {
     float total = 0;
     int64_t i = 0;
 #if defined(__AVX512F__)
@@ -133,43 +146,50 @@ float dot(const uint8_t *codes, int64_t n, const float *table, const float *x) {
     }
 #endif
 #if defined(__AVX2__)
-    if constexpr (width == 4) {
+    if constexpr (width == 1) {
+        if (bits <= 4) {  // the table fits two registers
+            const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+            __m256 sum = _mm256_setzero_ps();
+            for (; i + 8 <= n; i += 8) {
+                __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i)));
+                __m256 a = _mm256_permutevar8x32_ps(low, code), b = _mm256_permutevar8x32_ps(high, code);
+                __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // bit 3 becomes the sign
+                sum = _mm256_fmadd_ps(_mm256_blendv_ps(a, b, upper), _mm256_loadu_ps(x + i), sum);
+            }
+            total += sum_of(sum);
+        }
+    } else if constexpr (width == 2) {
+        const double *pairs = (const double *)table;  // loads beat the gather instruction here
+        __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+        for (; i + 16 <= n; i += 16)
+            for (int k = 0; k < 4; k++) {
+                const uint8_t *c = codes + i + 4 * k;
+                __m128d a = _mm_loadh_pd(_mm_load_sd(pairs + c[0]), pairs + c[1]);
+                __m128d b = _mm_loadh_pd(_mm_load_sd(pairs + c[2]), pairs + c[3]);
+                __m256 four = _mm256_castpd_ps(_mm256_set_m128d(b, a));
+                sums[k] = _mm256_fmadd_ps(four, _mm256_loadu_ps(x + 2 * i + 8 * k), sums[k]);
+            }
+        total += sum_of(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+    } else if constexpr (width == 4) {
         __m128 sums[4] = {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()};
         for (; i + 4 <= n; i += 4)
             for (int k = 0; k < 4; k++)
                 sums[k] = _mm_fmadd_ps(_mm_loadu_ps(table + 4 * codes[i + k]), _mm_loadu_ps(x + 4 * (i + k)), sums[k]);
         __m128 sum = _mm_add_ps(_mm_add_ps(sums[0], sums[1]), _mm_add_ps(sums[2], sums[3]));
-        float parts[4];
-        _mm_storeu_ps(parts, sum);
-        total = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+        total = sum_of(_mm256_zextps128_ps256(sum));
     } else if constexpr (width == 8) {
         __m256 a = _mm256_setzero_ps(), b = a;
         for (; i + 2 <= n; i += 2) {
             a = _mm256_fmadd_ps(_mm256_loadu_ps(table + 8 * codes[i]), _mm256_loadu_ps(x + 8 * i), a);
             b = _mm256_fmadd_ps(_mm256_loadu_ps(table + 8 * codes[i + 1]), _mm256_loadu_ps(x + 8 * i + 8), b);
         }
-        float parts[8];
-        _mm256_storeu_ps(parts, _mm256_add_ps(a, b));
-        for (float part : parts) total += part;
+        total = sum_of(_mm256_add_ps(a, b));
     }
 #endif
     for (; i < n; i++)
         for (int k = 0; k < width; k++) total += table[width * codes[i] + k] * x[width * i + k];
     return total;
 }
-
-float dot_any(int32_t width, const uint8_t *codes, int64_t n, const float *table, const float *x) {
-    switch (width) {
-        case 1: return dot<1>(codes, n, table, x);
-        case 2: return dot<2>(codes, n, table, x);
-        case 4: return dot<4>(codes, n, table, x);
-        default: return dot<8>(codes, n, table, x);
-    }
-}
-
-}  // namespace
-
-extern "C" {
 
 struct Weight {
     const uint8_t *packed;   // [out, row_bytes]
@@ -184,94 +204,118 @@ struct Weight {
     int32_t bits, size, width, scale_type, perm_bytes, lr_type;
 };
 
+float dot_any(const Weight *w, const uint8_t *codes, int64_t n, const float *x) {
+    switch (w->width) {
+        case 1: return dot<1>(codes, n, w->table, w->bits, x);
+        case 2: return dot<2>(codes, n, w->table, w->bits, x);
+        case 4: return dot<4>(codes, n, w->table, w->bits, x);
+        default: return dot<8>(codes, n, w->table, w->bits, x);
+    }
+}
+
+int64_t column_of(const Weight *w, int64_t k) {
+    if (!w->perm) return k;
+    return w->perm_bytes == 2 ? static_cast<const int16_t *>(w->perm)[k] : static_cast<const int32_t *>(w->perm)[k];
+}
+
+// inputs [codes in a row, width] in the order of the codes; what is beyond a codeword or the row stays zero
+void lay_out(const Weight *w, const float *line, float *inputs) {
+    for (int64_t k = 0; k < w->in; inputs += w->width)
+        for (int32_t t = 0; t < w->size && k < w->in; t++, k++) inputs[t] = line[column_of(w, k)];
+}
+
+template <typename T>
+float dot_factor(const T *a, const float *x, int64_t n) {
+    float total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < n; j++) total += float(a[j]) * x[j];
+    return total;
+}
+
+// low [rank] = lr_a x
+void to_low(const Weight *w, const float *line, float *low) {
+    for (int64_t i = 0; i < w->rank; i++) {
+        const int64_t at = i * w->in;
+        if (w->lr_type == F32) low[i] = dot_factor(static_cast<const float *>(w->lr_a) + at, line, w->in);
+        else if (w->lr_type == I8) low[i] = dot_factor(static_cast<const int8_t *>(w->lr_a) + at, line, w->in);
+        else low[i] = dot_factor(static_cast<const _Float16 *>(w->lr_a) + at, line, w->in);
+        if (w->lr_scale) low[i] *= w->lr_scale[i];
+    }
+}
+
+// Codewords of a row one after the other; a whole padded codeword is copied, the next one overwrites what is too much.
+template <int width>
+void look_up(const uint8_t *codes, int64_t n, int64_t size, const float *table, float *to) {
+    for (int64_t i = 0; i < n; i++) std::memcpy(to + size * i, table + width * codes[i], 4 * width);
+}
+
+void look_up_any(const Weight *w, const uint8_t *codes, int64_t n, float *to) {
+    switch (w->width) {
+        case 1: return look_up<1>(codes, n, 1, w->table, to);
+        case 2: return look_up<2>(codes, n, 2, w->table, to);
+        case 4: return w->size == 4 ? look_up<4>(codes, n, 4, w->table, to) : look_up<4>(codes, n, 3, w->table, to);
+        default: return look_up<8>(codes, n, w->size, w->table, to);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
 // y [rows, out] = x [rows, in] times the weight, low-rank term included
 void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, int32_t threads) {
     const int64_t codes_in_row = (w->in + w->size - 1) / w->size, group_codes = w->group / w->size;
     const int64_t laid = codes_in_row * w->width;
-    std::vector<float> inputs(rows * laid, 0.0f), sums(rows * w->groups, 0.0f), low(rows * w->rank, 0.0f);
+    std::vector<float> inputs(rows * laid, 0.0f), sums(rows * w->groups, 0.0f), low(rows * w->rank);
     std::vector<float> line(w->in), result(rows * w->out);
     for (int64_t r = 0; r < rows; r++) {
-        for (int64_t j = 0; j < w->in; j++) line[j] = read(x, r * w->in + j, type);
-        for (int64_t k = 0; k < w->in; k++) {
-            int64_t column = !w->perm ? k : w->perm_bytes == 2 ? static_cast<const int16_t *>(w->perm)[k]
-                                                               : static_cast<const int32_t *>(w->perm)[k];
-            inputs[r * laid + k / w->size * w->width + k % w->size] = line[column];
-            sums[r * w->groups + k / w->group] += line[column];
-        }
-        for (int64_t i = 0; i < w->rank; i++) {
-            float total = 0;
-            if (w->lr_type == F32) {
-                const float *a = static_cast<const float *>(w->lr_a) + i * w->in;
-#pragma omp simd reduction(+ : total)
-                for (int64_t j = 0; j < w->in; j++) total += a[j] * line[j];
-            } else if (w->lr_type == I8) {
-                const int8_t *a = static_cast<const int8_t *>(w->lr_a) + i * w->in;
-#pragma omp simd reduction(+ : total)
-                for (int64_t j = 0; j < w->in; j++) total += float(a[j]) * line[j];
-            } else {
-                const _Float16 *a = static_cast<const _Float16 *>(w->lr_a) + i * w->in;
-#pragma omp simd reduction(+ : total)
-                for (int64_t j = 0; j < w->in; j++) total += float(a[j]) * line[j];
-            }
-            low[r * w->rank + i] = w->lr_scale ? total * w->lr_scale[i] : total;
-        }
+        read_row(x, r * w->in, line.data(), w->in, type);
+        lay_out(w, line.data(), inputs.data() + r * laid);
+        to_low(w, line.data(), low.data() + r * w->rank);
+        for (int64_t k = 0; w->zeros && k < w->in; k++) sums[r * w->groups + k / w->group] += line[column_of(w, k)];
     }
 #pragma omp parallel num_threads(threads)
     {
         std::vector<uint8_t> codes(codes_in_row + 8);
+        std::vector<float> factor(w->rank);
 #pragma omp for schedule(static)
         for (int64_t o = 0; o < w->out; o++) {
             unpack_row(w->packed + o * w->row_bytes, w->row_bytes, w->bits, codes_in_row, codes.data());
+            read_row(w->lr_b, o * w->rank, factor.data(), w->rank, w->lr_type);
             for (int64_t r = 0; r < rows; r++) {
                 float total = 0;
                 for (int64_t g = 0; g < w->groups; g++) {
                     int64_t first = g * group_codes;
                     int64_t n = w->groups == 1 || codes_in_row - first < group_codes ? codes_in_row - first : group_codes;
-                    const float *at = inputs.data() + r * laid + first * w->width;
-                    float part = dot_any(w->width, codes.data() + first, n, w->table, at);
+                    float part = dot_any(w, codes.data() + first, n, inputs.data() + r * laid + first * w->width);
                     total += part * read(w->scales, o * w->groups + g, w->scale_type);
                     if (w->zeros) total += sums[r * w->groups + g] * read(w->zeros, o * w->groups + g, w->scale_type);
                 }
-                for (int64_t i = 0; i < w->rank; i++)
-                    total += low[r * w->rank + i] * read(w->lr_b, o * w->rank + i, w->lr_type);
-                result[r * w->out + o] = total;
+                result[r * w->out + o] = total + dot_factor(factor.data(), low.data() + r * w->rank, w->rank);
             }
         }
     }
     write_row(y, 0, result.data(), rows * w->out, type);
 }
 
-// dense [out, in] in stored order, without the low-rank term
+// dense [out, in] without the low-rank term
 void decode(const Weight *w, void *dense, int32_t type, int32_t threads) {
     const int64_t codes_in_row = (w->in + w->size - 1) / w->size;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<uint8_t> codes(codes_in_row + 8);
-        std::vector<float> line(codes_in_row * w->size + 8);
+        std::vector<float> stored(codes_in_row * w->size + 8), line(w->in);
 #pragma omp for schedule(static)
         for (int64_t o = 0; o < w->out; o++) {
             unpack_row(w->packed + o * w->row_bytes, w->row_bytes, w->bits, codes_in_row, codes.data());
-            float *to = line.data();
-            switch (w->width) {  // a whole padded codeword is copied; the next one overwrites what is too much
-                case 1: for (int64_t i = 0; i < codes_in_row; i++) to[i] = w->table[codes[i]]; break;
-                case 2: for (int64_t i = 0; i < codes_in_row; i++) std::memcpy(to + 2 * i, w->table + 2 * codes[i], 8); break;
-                case 4:
-                    for (int64_t i = 0; i < codes_in_row; i++)
-                        std::memcpy(to + w->size * i, w->table + 4 * codes[i], 16);
-                    break;
-                default:
-                    for (int64_t i = 0; i < codes_in_row; i++)
-                        std::memcpy(to + w->size * i, w->table + 8 * codes[i], 32);
-            }
+            look_up_any(w, codes.data(), codes_in_row, stored.data());
             for (int64_t g = 0; g < w->groups; g++) {
-                float scale = read(w->scales, o * w->groups + g, w->scale_type);
-                int64_t begin = g * w->group, end = begin + w->group < w->in ? begin + w->group : w->in;
-                for (int64_t k = begin; k < end; k++) to[k] *= scale;
-                if (!w->zeros) continue;
-                float zero = read(w->zeros, o * w->groups + g, w->scale_type);
-                for (int64_t k = begin; k < end; k++) to[k] += zero;
+                const float scale = read(w->scales, o * w->groups + g, w->scale_type);
+                const float zero = w->zeros ? read(w->zeros, o * w->groups + g, w->scale_type) : 0;
+                const int64_t begin = g * w->group, end = begin + w->group < w->in ? begin + w->group : w->in;
+                for (int64_t k = begin; k < end; k++) line[column_of(w, k)] = stored[k] * scale + zero;
             }
-            write_row(dense, o * w->in, to, w->in, type);
+            write_row(dense, o * w->in, line.data(), w->in, type);
         }
     }
 }

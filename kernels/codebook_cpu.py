@@ -34,7 +34,7 @@ class _Weight(ctypes.Structure):
 
 
 def decode_compiled(weight: "CodebookWeight", dtype: torch.dtype) -> Tensor | None:
-    """The dense weight ``[out, in]`` in stored order, without its low-rank term; None where this path cannot."""
+    """The dense weight ``[out, in]`` without its low-rank term; None where this path cannot."""
     library = _library()
     if library is None or dtype not in TYPES or not _on_cpu(weight):
         return None
@@ -63,7 +63,8 @@ def prepare(weight: "CodebookWeight") -> Any:
         return known
     size = weight.table.shape[1]
     width = next(width for width in (1, 2, 4, 8) if width >= size)
-    table = torch.nn.functional.pad(weight.table.float(), (0, width - size)).contiguous()
+    rows = max(0, 16 - len(weight.table)) if width == 1 else 0  # two registers are read whole
+    table = torch.nn.functional.pad(weight.table.float(), (0, width - size, 0, rows)).contiguous()
     factors = [None if part is None else _factor(part) for part in (weight.lr_a, weight.lr_b)]
     held = [weight.qweight, table, weight.scales, weight.zeros, weight.perm, *factors, weight.lr_scale]
     tensors = tuple(None if tensor is None else tensor.contiguous() for tensor in held)

@@ -101,6 +101,27 @@ def test_one_token_in_every_type(size, code_bits, dtype, tolerance, int8):
     assert_close("token", codebook_linear_reference(x.double().float(), weight), y.float(), tolerance)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_many_tokens_and_their_gradient_in_half_precision(dtype, tolerance):
+    weight = random_weight(96, 160, 2, 6, perm=True, rank=4)
+    x = torch.randn(9, 160, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    y = codebook_linear(x, weight)
+    (gradient,) = torch.autograd.grad(y.float().sum(), x)
+    wide = x.detach().float().requires_grad_()
+    expected = codebook_linear_reference(wide, weight)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), wide)
+    assert y.dtype == gradient.dtype == dtype
+    assert_close("product", expected, y.float(), tolerance)
+    assert_close("gradient", expected_gradient, gradient.float(), tolerance)
+
+
+@pytest.mark.parametrize("size, code_bits", [(1, 4), (2, 6), (3, 7), (4, 8)])
+def test_decoding_groups_with_shifts(size, code_bits):
+    weight = random_weight(5, 100, size, code_bits, group=24, zeros=True, perm=True)
+    assert_close("decoded", by_hand(weight), decode(weight), 1e-6)
+    assert_close("reference", by_hand(weight), decode_reference(weight), 1e-6)
+
+
 def test_no_rows_in_none_out():
     assert codebook_linear(torch.zeros(0, 36), random_weight(24, 36, 2, 6)).shape == (0, 24)
 
