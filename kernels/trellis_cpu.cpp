@@ -1,0 +1,268 @@
+// Trellis-coded linear layers on the CPU: decode a weight, multiply by it straight from its bits, and find the codes.
+//
+// Plain C functions called through ctypes; see kernels/trellis.py for what is computed. Rows are decoded eight at a
+// time: the codes of eight rows are `width` whole bytes, and one word holds them with the 16 bits before them.
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+#include <omp.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum Type : int32_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3 };
+
+float bfloat_to_float(uint16_t b) {
+    uint32_t bits = uint32_t(b) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+uint16_t float_to_bfloat(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float read(const void *data, int64_t index, int32_t type) {
+    if (type == F32) return static_cast<const float *>(data)[index];
+    if (type == I8) return static_cast<const int8_t *>(data)[index];
+    if (type == F16) return float(static_cast<const _Float16 *>(data)[index]);
+    return bfloat_to_float(static_cast<const uint16_t *>(data)[index]);
+}
+
+void write(void *data, int64_t index, float value, int32_t type) {
+    if (type == F32) static_cast<float *>(data)[index] = value;
+    else if (type == F16) static_cast<_Float16 *>(data)[index] = _Float16(value);
+    else static_cast<uint16_t *>(data)[index] = float_to_bfloat(value);
+}
+
+int64_t column_bytes(int64_t out, int32_t width) { return (out * width + 7) / 8; }
+
+// The bits of rows 8 * group to 8 * group + 7 from bit 47 downwards, the 16 bits before them above.
+uint64_t word_of(const uint8_t *column, int64_t size, int64_t left, int32_t width, int64_t group) {
+    const int64_t at = group * width - 2;
+    uint64_t word = 0;
+    if (at >= 0 && at + 8 <= left) {  // bytes of the next column do no harm
+        std::memcpy(&word, column + at, 8);
+        return __builtin_bswap64(word);
+    }
+    for (int64_t i = at < 0 ? 0 : at; i < at + 8 && i < size; i++) word |= uint64_t(column[i]) << (8 * (7 - (i - at)));
+    return word;
+}
+
+struct Lookup {  // the values of eight rows
+    const float *table;
+    uint32_t mask;
+    int32_t width;
+
+    void eight(uint64_t word, float *values) const {
+#if defined(__AVX2__)
+        if (width <= 4) {
+            _mm256_storeu_ps(values, gather(word));
+            return;
+        }
+#endif
+        for (int r = 0; r < 8; r++) values[r] = table[uint32_t(word >> (48 - width * (r + 1))) & mask];
+    }
+
+#if defined(__AVX2__)
+    __m256 gather(uint64_t word) const {  // four rows lie in the upper half, four more in the half 4 * width bits below
+        const __m256i both = _mm256_set_m128i(_mm_set1_epi32(int(word << (4 * width) >> 32)), _mm_set1_epi32(int(word >> 32)));
+        const __m256i row = _mm256_setr_epi32(1, 2, 3, 4, 1, 2, 3, 4);
+        const __m256i shift = _mm256_sub_epi32(_mm256_set1_epi32(16), _mm256_mullo_epi32(row, _mm256_set1_epi32(width)));
+        return _mm256_i32gather_ps(table, _mm256_and_si256(_mm256_srlv_epi32(both, shift), _mm256_set1_epi32(int(mask))), 4);
+    }
+#endif
+};
+
+template <typename T>
+void project(const T *a, const float *line, int64_t n, float *total) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += float(a[j]) * line[j];
+    *total = sum;
+}
+
+// One step of the Viterbi algorithm for all states: `cost` to `next`, and which of the 2^width states each best way
+// came from. States that share all but the `width` bits about to leave lie `rest` apart.
+template <int width>
+void step(const float *cost, float *next, uint8_t *from, const float *table, int64_t rest, float target, float weight) {
+    constexpr int ways = 1 << width;
+    int64_t p = 0;
+#if defined(__AVX2__)
+    const __m256 wanted = _mm256_set1_ps(target), factor = _mm256_set1_ps(weight);
+    for (; p + 8 <= rest; p += 8) {
+        __m256 best = _mm256_loadu_ps(cost + p);
+        __m256i way = _mm256_setzero_si256();
+        for (int t = 1; t < ways; t++) {
+            __m256 other = _mm256_loadu_ps(cost + t * rest + p);
+            __m256 less = _mm256_cmp_ps(other, best, _CMP_LT_OQ);
+            best = _mm256_min_ps(other, best);
+            way = _mm256_blendv_epi8(way, _mm256_set1_epi32(t), _mm256_castps_si256(less));
+        }
+        __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(way), _mm256_extracti128_si256(way, 1));
+        _mm_storel_epi64((__m128i *)(from + p), _mm_packus_epi16(narrow, narrow));
+        for (int c = 0; c < ways; c++) {  // eight states: `8 / ways` of the best, each `ways` times
+            alignas(32) int32_t lanes[8];
+            for (int lane = 0; lane < 8; lane++) lanes[lane] = (8 * c + lane) >> width;
+            __m256 spread = _mm256_permutevar8x32_ps(best, _mm256_load_si256((const __m256i *)lanes));
+            __m256 gap = _mm256_sub_ps(_mm256_loadu_ps(table + (p << width) + 8 * c), wanted);
+            _mm256_storeu_ps(next + (p << width) + 8 * c, _mm256_fmadd_ps(_mm256_mul_ps(factor, gap), gap, spread));
+        }
+    }
+#endif
+    for (; p < rest; p++) {
+        float best = cost[p];
+        uint8_t way = 0;
+        for (int t = 1; t < ways; t++)
+            if (cost[t * rest + p] < best) best = cost[t * rest + p], way = uint8_t(t);
+        from[p] = way;
+        for (int c = 0; c < ways; c++) {
+            float gap = table[(p << width) + c] - target;
+            next[(p << width) + c] = best + weight * gap * gap;
+        }
+    }
+}
+
+template <int width>
+void search(const float *target, const float *weights, const float *table, uint8_t *codes, int64_t n, int32_t state_bits) {
+    const int64_t states = int64_t(1) << state_bits, rest = states >> width;
+    std::vector<float> first(states, 1e30f), second(states);
+    std::vector<uint8_t> from(n * rest);
+    float *cost = first.data(), *next = second.data();
+    cost[0] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        step<width>(cost, next, from.data() + i * rest, table, rest, target[i], weights[i]);
+        std::swap(cost, next);
+    }
+    int64_t state = 0;
+    for (int64_t s = 1; s < states; s++)
+        if (cost[s] < cost[state]) state = s;
+    for (int64_t i = n - 1; i >= 0; i--) {
+        codes[i] = uint8_t(state & ((1 << width) - 1));
+        const int64_t kept = state >> width;
+        state = kept | int64_t(from[i * rest + kept]) << (state_bits - width);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Weight {
+    const uint8_t *stream;  // columns one after another
+    const uint8_t *widths;  // [in]
+    const float *tables;    // [6, 2^state_bits]
+    const void *scales;     // [out]
+    const void *perm;       // [in] or null
+    const void *lr_a;       // [rank, in] or null
+    const void *lr_b;       // [out, rank]
+    const float *lr_scale;  // [rank] or null; int8 factors have one
+    int64_t bytes, out, in, rank;
+    int32_t state_bits, scale_type, perm_bytes, lr_type;
+};
+
+static Lookup lookup_of(const Weight *w, int32_t width) {
+    return {w->tables + (int64_t(width - 1) << w->state_bits), (1u << w->state_bits) - 1, width};
+}
+
+// y [rows, out] = x [rows, in] times the weight, low-rank term included; at most four rows at a time
+void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, int32_t threads) {
+    std::vector<float> inputs(rows * w->in), line(w->in), low(rows * w->rank);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t j = 0; j < w->in; j++) line[j] = read(x, r * w->in + j, type);
+        for (int64_t k = 0; k < w->in; k++) {
+            int64_t column = !w->perm ? k : w->perm_bytes == 2 ? static_cast<const int16_t *>(w->perm)[k]
+                                                               : static_cast<const int32_t *>(w->perm)[k];
+            inputs[r * w->in + k] = line[column];
+        }
+        for (int64_t i = 0; i < w->rank; i++) {
+            float *total = &low[r * w->rank + i];
+            if (w->lr_type == F32) project(static_cast<const float *>(w->lr_a) + i * w->in, line.data(), w->in, total);
+            else if (w->lr_type == I8) project(static_cast<const int8_t *>(w->lr_a) + i * w->in, line.data(), w->in, total);
+            else project(static_cast<const _Float16 *>(w->lr_a) + i * w->in, line.data(), w->in, total);
+            if (w->lr_scale) *total *= w->lr_scale[i];
+        }
+    }
+    const int64_t groups = (w->out + 7) / 8, padded = 8 * groups;
+    std::vector<float> result(rows * padded, 0.0f);
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+        const int64_t begin = groups * me / team, end = groups * (me + 1) / team;
+        const uint8_t *column = w->stream;
+        for (int64_t k = 0; k < w->in; k++) {
+            const int64_t size = column_bytes(w->out, w->widths[k]), left = w->stream + w->bytes - column;
+            const Lookup lookup = lookup_of(w, w->widths[k]);
+            for (int64_t g = begin; g < end; g++) {
+                const uint64_t word = word_of(column, size, left, lookup.width, g);
+#if defined(__AVX2__)
+                if (lookup.width <= 4) {
+                    const __m256 values = lookup.gather(word);
+                    for (int64_t r = 0; r < rows; r++) {
+                        float *sum = result.data() + r * padded + 8 * g;
+                        const __m256 factor = _mm256_set1_ps(inputs[r * w->in + k]);
+                        _mm256_storeu_ps(sum, _mm256_fmadd_ps(factor, values, _mm256_loadu_ps(sum)));
+                    }
+                    continue;
+                }
+#endif
+                float values[8];
+                lookup.eight(word, values);
+                for (int64_t r = 0; r < rows; r++)
+                    for (int i = 0; i < 8; i++) result[r * padded + 8 * g + i] += inputs[r * w->in + k] * values[i];
+            }
+            column += size;
+        }
+        for (int64_t o = 8 * begin; o < 8 * end && o < w->out; o++) {
+            const float scale = read(w->scales, o, w->scale_type);
+            for (int64_t r = 0; r < rows; r++) {
+                float total = result[r * padded + o] * scale;
+                for (int64_t i = 0; i < w->rank; i++)
+                    total += low[r * w->rank + i] * read(w->lr_b, o * w->rank + i, w->lr_type);
+                write(y, r * w->out + o, total, type);
+            }
+        }
+    }
+}
+
+// dense [in, out], columns in the order of the stream, without the low-rank term
+void decode(const Weight *w, void *dense, int32_t type, int32_t threads) {
+    std::vector<int64_t> starts(w->in + 1, 0);
+    for (int64_t k = 0; k < w->in; k++) starts[k + 1] = starts[k] + column_bytes(w->out, w->widths[k]);
+    std::vector<float> scales(w->out);
+    for (int64_t o = 0; o < w->out; o++) scales[o] = read(w->scales, o, w->scale_type);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t k = 0; k < w->in; k++) {
+        const Lookup lookup = lookup_of(w, w->widths[k]);
+        for (int64_t g = 0; 8 * g < w->out; g++) {
+            float values[8];
+            const uint8_t *column = w->stream + starts[k];
+            lookup.eight(word_of(column, starts[k + 1] - starts[k], w->bytes - starts[k], lookup.width, g), values);
+            for (int64_t o = 8 * g; o < 8 * g + 8 && o < w->out; o++)
+                write(dense, k * w->out + o, values[o - 8 * g] * scales[o], type);
+        }
+    }
+}
+
+// the codes [n] of least sum(weights * (target - value)^2), for one column
+void viterbi(const float *target, const float *weights, const float *table, uint8_t *codes, int64_t n, int32_t width,
+             int32_t state_bits) {
+    switch (width) {
+        case 1: search<1>(target, weights, table, codes, n, state_bits); break;
+        case 2: search<2>(target, weights, table, codes, n, state_bits); break;
+        case 3: search<3>(target, weights, table, codes, n, state_bits); break;
+        case 4: search<4>(target, weights, table, codes, n, state_bits); break;
+        case 5: search<5>(target, weights, table, codes, n, state_bits); break;
+        default: search<6>(target, weights, table, codes, n, state_bits);
+    }
+}
+
+}  // extern "C"
