@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +34,23 @@ def resume(report: Report) -> set[tuple[int, str]]:
         if stored["settings"] == report.settings:
             report.rows = stored["rows"]
     return {(row["seed"], row["method"]) for row in report.rows}
+
+
+def print_table(report: Report, columns: Mapping[str, str]) -> None:
+    """Print a Markdown table of the seeds' mean, least and greatest value of some columns.
+
+    Args:
+        report: with rows that have a "method".
+        columns: name -> format, for example ".2f".
+    """
+    print(f"| method | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for method in dict.fromkeys(row["method"] for row in report.rows):
+        cells = []
+        for column, form in columns.items():
+            values = [row[column] for row in report.rows if row["method"] == method and column in row]
+            spread = f"{min(values):{form}} to {max(values):{form}}" if values else ""
+            cells.append(f"{sum(values) / len(values):{form}} ({spread})" if values else "")
+        print(f"| {method} | {' | '.join(cells)} |")
 
 
 def train(trainer: Trainer) -> Trainer:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _preference import QUIET, loss_statistics, reply_logps, resume, supervised, train
+from _preference import QUIET, loss_statistics, print_table, reply_logps, resume, supervised, train
 from _run import RESULTS, Report
 from datasets import Dataset
 from transformers import LlamaForCausalLM
@@ -91,18 +91,36 @@ def run_arm(report: Report, method: str, seed: int, steps: int, work: Path) -> N
     report.row(seed=seed, method=method, **values, **loss_statistics(trainer))
 
 
+FRONTIERS = {  # prefix of the methods' names -> colour; a line joins those of growing lambda or batch
+    "DPO, toxic as rejected": "black",
+    "ADPO, lambda": "tab:red",
+    "ADPO ref": "tab:orange",
+    "ADPO pairwise": "tab:blue",
+    "ADPO joint": "tab:green",
+}
+
+
 def plot(report: Report) -> None:
-    """Draw both quantities of every run."""
+    """Draw coherence against toxicity, a panel for each seed and a line for each form."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in report.rows):
-        rows = [row for row in report.rows if row["method"] == method]
-        axes.scatter([r["log_p_toxic"] for r in rows], [r["p_good"] for r in rows], label=method, s=22)
-    axes.set(xlabel="log P(toxic reply), held-out prompts (nats)", ylabel="P(good reply): coherence")
-    axes.legend(fontsize=6)
-    figure.savefig(RESULTS / "adpo.png", dpi=130)
+    seeds = sorted({row["seed"] for row in report.rows})
+    figure = Figure(figsize=(3.6 * len(seeds), 3.6), layout="constrained")
+    for axes, seed in zip(figure.subplots(1, len(seeds), squeeze=False)[0], seeds, strict=True):
+        rows = {row["method"]: (row["log_p_toxic"], row["p_good"]) for row in report.rows if row["seed"] == seed}
+        for method, marker in (("SFT", "s"), ("DPO", "D")):
+            if method in rows:
+                axes.plot(*rows[method], marker, color="gray", label=method)
+        for prefix, colour in FRONTIERS.items():
+            points = [point for method, point in rows.items() if method.startswith(prefix)]
+            if points:
+                style = "*-" if prefix.startswith("DPO") else "o-"
+                axes.plot(*zip(*points, strict=True), style, color=colour, ms=8 if "*" in style else 4, label=prefix)
+        axes.set(title=f"seed {seed}", xlabel="log P(toxic), nats", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("P(good): coherence")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8)
+    figure.savefig(RESULTS / "adpo.png", dpi=110)
 
 
 def main() -> None:
@@ -132,6 +150,8 @@ def main() -> None:
             report.save()
             left = None if left is None else left - 1
     plot(report)
+    columns = {"p_good": ".3f", "log_p_toxic": ".1f", "p_toxic": ".1e", "p_toxic_behind_token": ".1e"}
+    print_table(report, {**columns, "max_grad_norm": ".1f"})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _preference import QUIET, reply_logps, resume, supervised, train
+from _preference import QUIET, print_table, reply_logps, resume, supervised, train
 from _run import RESULTS, Report
 from datasets import Dataset
 from transformers import LlamaForCausalLM
@@ -154,18 +154,36 @@ class Study:
         return train(trainer)
 
 
+FAMILIES = {  # prefix of the methods' names -> (colour, marker); a line joins those of growing beta or lambda
+    "sequential DPO": ("tab:gray", "o-"),
+    "SPO": ("tab:red", "o-"),
+    "MODPO": ("tab:blue", "x"),
+    "pi_0": ("black", "s"),
+    "round 1": ("black", "D"),
+}
+KEEP, REACH = 0.85, 0.95  # of round 1's dimension 1, of sequential DPO's dimension 2
+
+
 def plot(report: Report) -> None:
-    """Draw both quantities of every run."""
+    """Draw both dimensions of every policy, each seed by itself, and shade what keeps one and reaches the other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in report.rows):
-        rows = [row for row in report.rows if row["method"] == method]
-        axes.scatter([r["p_a"] for r in rows], [r["p_b"] for r in rows], label=method, s=22)
-    axes.set(xlabel="P(A=1): dimension 1, trained in round 1", ylabel="P(B=1): dimension 2, trained in round 2")
-    axes.legend(fontsize=7)
-    figure.savefig(RESULTS / "spo.png", dpi=130)
+    seeds = sorted({row["seed"] for row in report.rows})
+    figure = Figure(figsize=(3.6 * len(seeds), 3.6), layout="constrained")
+    for axes, seed in zip(figure.subplots(1, len(seeds), squeeze=False)[0], seeds, strict=True):
+        rows = {row["method"]: (row["p_a"], row["p_b"]) for row in report.rows if row["seed"] == seed}
+        for prefix, (colour, style) in FAMILIES.items():
+            points = [point for method, point in rows.items() if method.startswith(prefix)]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=prefix)
+        if {"round 1", "sequential DPO"} <= set(rows):
+            corner = KEEP * rows["round 1"][0], REACH * rows["sequential DPO"][1]
+            axes.fill_between((corner[0], 1), corner[1], 1, color="tab:green", alpha=0.15, label="both bars met")
+        axes.set(title=f"seed {seed}", xlabel="P(A=1): dimension 1", xlim=(0.2, 0.95), ylim=(0.45, 0.95))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("P(B=1): dimension 2")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(RESULTS / "spo.png", dpi=110)
 
 
 def main() -> None:
@@ -189,6 +207,7 @@ def main() -> None:
             report.save()
             left = None if left is None else left - 1
     plot(report)
+    print_table(report, dict.fromkeys(("p_a", "theory_a", "p_b", "theory_b", "valid_mass"), ".3f"))
 
 
 if __name__ == "__main__":
