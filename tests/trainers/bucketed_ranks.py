@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
+from fsdp_on_cpu import fsdp_config, use_fsdp_on_cpu, weights, wrappers
 
 from hf_ext.testing import tiny_model
 from hf_ext.trainers.bucketed_config import BucketedTrainingArguments
@@ -30,7 +31,7 @@ def documents():
 
 
 def sharded_model(folder):
-    """FSDP2 at load time; accelerate's own FSDP refuses processors without accelerator."""
+    """FSDP2 at load time, the host's way without accelerate."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -38,10 +39,6 @@ def sharded_model(folder):
         tiny_model().save_pretrained(f"{folder}/model")
     dist.barrier()
     return AutoModelForCausalLM.from_pretrained(f"{folder}/model", distributed_config=DistributedConfig(fsdp_size=2))
-
-
-def whole(parameter):
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def run(folder, resume=None, streamed=False, model=None, **options):
@@ -68,9 +65,24 @@ def run(folder, resume=None, streamed=False, model=None, **options):
     trainer.train(resume_from_checkpoint=resume)
     steps = trainer.bucket_sampler.steps if trainer.bucket_sampler else None
     logs = [log for log in trainer.state.log_history if "sequence_length" in log]
-    weights = torch.cat([whole(p.detach()).flatten() for p in trainer.model.parameters()])
-    return {"seen": trainer.seen, "steps": steps, "global_step": trainer.state.global_step, "logs": logs,
-            "tokens": trainer.state.num_input_tokens_seen}, weights  # fmt: skip
+    found = {
+        "seen": trainer.seen,
+        "steps": steps,
+        "global_step": trainer.state.global_step,
+        "logs": logs,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "wrappers": wrappers(trainer.model_wrapped),
+    }
+    return found, weights(trainer.model_wrapped)
+
+
+def refusal(folder, **options):
+    """The sentence that training ends with."""
+    try:
+        run(folder, **options)
+    except RuntimeError as error:
+        return str(error)
+    return "trained"
 
 
 def main(folder):
@@ -78,20 +90,28 @@ def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     never = {"save_strategy": "no"}
-    straight, weights = run(f"{folder}/a", **never)
+    straight, expected = run(f"{folder}/a", **never)
     save = straight["steps"] + 1  # in the second epoch
     saving = {"save_strategy": "steps", "save_steps": save}
     run(f"{folder}/b", **saving)
     resumed, resumed_weights = run(f"{folder}/b", resume=f"{folder}/b/checkpoint-{save}", **saving)
     streamed, _ = run(f"{folder}/c", streamed=True, max_steps=6, **never)
-    model = sharded_model(folder)
-    sharded_parameters = sum(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    sharded, sharded_weights = run(f"{folder}/d", model=model, **never)
-    found = {"straight": straight, "resumed": resumed, "save": save, "streamed": streamed, "sharded": sharded,
-             "same": torch.equal(weights, resumed_weights), "sharded_parameters": sharded_parameters,
-             "sharded_error": (weights - sharded_weights).abs().max().item()}  # fmt: skip
+    fadam, expected_fadam = run(f"{folder}/d", optim="fadam", **never)
+    found = {"straight": straight, "resumed": resumed, "save": save, "streamed": streamed, "fadam": fadam,
+             "same": torch.equal(expected, resumed_weights)}  # fmt: skip
+
+    def compare(name, wanted, **options):
+        found[name], got = run(f"{folder}/{name}", **options, **never)
+        found[name]["error"] = (got - wanted).abs().max().item()
+
+    compare("sharded", expected, model=sharded_model(folder))
+    use_fsdp_on_cpu()
+    for version in (1, 2):
+        compare(f"fsdp{version}", expected, fsdp=True, fsdp_config=fsdp_config(version))
+    compare("fsdp2_fadam", expected_fadam, fsdp=True, fsdp_config=fsdp_config(2), optim="fadam")
+    found["fsdp1_fadam"] = refusal(f"{folder}/e", fsdp=True, fsdp_config=fsdp_config(1), optim="fadam", **never)
     if dist.get_rank() == 0:
-        torch.save(weights, f"{folder}/weights.pt")
+        torch.save({"adamw": expected, "fadam": expected_fadam}, f"{folder}/weights.pt")
     Path(f"{folder}/rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Two gloo processes: ranks aligned, no batch lost, doubled or shared out twice; resuming, streams, FSDP2."""
+"""Two gloo processes: ranks aligned, no batch lost, doubled or shared out twice; resuming, streams, FSDP, FAdam."""
 
 import json
 import os
@@ -19,6 +19,17 @@ RANKS = 2
 
 def rows_of(documents_of_step):
     return sorted(tuple(row) for batch in documents_of_step for row in batch)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """Those of the script."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        from bucketed_ranks import documents
+    finally:
+        sys.path.pop(0)
+    return documents()
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +64,23 @@ def test_resuming_in_a_later_epoch_goes_on_with_the_right_batches(ranks):
         assert rank["same"]
 
 
-def test_two_ranks_equal_one_process(ranks, tmp_path):
-    """The same steps on one process with four accumulation steps: order, counts and weights agree."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        from bucketed_ranks import documents
-    finally:
-        sys.path.pop(0)
+def one_process(data, folder, **options):
+    """A trainer after the same steps with four accumulation steps, and its weights."""
     args = BucketedTrainingArguments(
-        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", bucket_min_length=8,
+        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no", bucket_min_length=8,
         bucket_max_length=32, bucket_cycles=2, per_device_train_batch_size=1, gradient_accumulation_steps=4,
-        learning_rate=1e-3, num_train_epochs=2, logging_steps=4,
+        learning_rate=1e-3, num_train_epochs=2, logging_steps=4, **options,
     )  # fmt: skip
-    trainer = BucketedTrainer(tiny_model(), args, train_dataset=documents())
+    trainer = BucketedTrainer(tiny_model(), args, train_dataset=data)
     trainer.train()
-    alone = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    assert (torch.load(ranks[0] / "weights.pt") - alone).abs().max() < 1e-5
+    named = dict(trainer.model.named_parameters())
+    return trainer, torch.cat([named[name].detach().flatten() for name in sorted(named)])
+
+
+def test_two_ranks_equal_one_process(ranks, documents, tmp_path):
+    """Order, counts and weights agree."""
+    trainer, alone = one_process(documents, tmp_path)
+    assert (torch.load(ranks[0] / "weights.pt")["adamw"] - alone).abs().max() < 1e-5
     logs = [log for log in trainer.state.log_history if "sequence_length" in log]
     for mine, theirs in zip(logs, ranks[1][0]["straight"]["logs"], strict=True):
         for name in ("sequence_length", "attention_flops"):
@@ -77,8 +89,29 @@ def test_two_ranks_equal_one_process(ranks, tmp_path):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
 
 
-def test_sharded_parameters_train_alike(ranks):
+@pytest.mark.parametrize(
+    ("kind", "wrapper"),
+    [("sharded", "FSDPModule"), ("fsdp1", "FullyShardedDataParallel"), ("fsdp2", "FSDPModule")],
+    ids=["FSDP2 at load time", "FSDP1 of accelerate", "FSDP2 of accelerate"],
+)
+def test_sharded_parameters_train_alike(ranks, kind, wrapper):
     for rank in ranks[1]:
-        assert rank["sharded_parameters"] > 30
-        assert rank["sharded_error"] < 1e-5
-        assert rank["sharded"]["seen"] == rank["straight"]["seen"]
+        assert wrapper in rank[kind]["wrappers"]
+        assert rank[kind]["error"] < 1e-5
+        assert rank[kind]["seen"] == rank["straight"]["seen"]
+
+
+def test_fadam_under_fsdp2_equals_ddp_and_one_process(ranks, documents, tmp_path):
+    for rank in ranks[1]:
+        assert rank["fadam"]["wrappers"] == ["DistributedDataParallel"]
+        assert rank["fsdp2_fadam"]["wrappers"] == ["FSDPModule"]
+        assert rank["fsdp2_fadam"]["error"] < 1e-5
+    _, alone = one_process(documents, tmp_path, optim="fadam")
+    saved = torch.load(ranks[0] / "weights.pt")
+    assert (saved["fadam"] - alone).abs().max() < 1e-5
+    assert (saved["fadam"] - saved["adamw"]).abs().max() > 1e-4
+
+
+def test_fadam_refuses_fsdp1_by_name(ranks):
+    for rank in ranks[1]:
+        assert "FSDP1's flattened shards" in rank["fsdp1_fadam"]
