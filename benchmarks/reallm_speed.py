@@ -1,6 +1,6 @@
 """Decoding and prefill speed of ReALLM layers against dense weights, NF4 and quanto, in one run, taken in turn.
 
-    python benchmarks/reallm_speed.py [--repeats 5] [--decoders identity trellis] [--only "ReALLM 3 bits" ...]
+    python benchmarks/reallm_speed.py [--repeats 5] [--decoders trellis identity] [--only "ReALLM 3 bits, trellis" ...]
 
 The codes of the ReALLM layers are random: their values change neither what is read nor what is computed. Memory is
 what the linear layers hold, run-time tables included, the output head aside. Quanto is found as benchmarks/_peers.py
@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in one measurement")
     parser.add_argument("--prefill", type=int, default=512)
-    parser.add_argument(
-        "--decoders", nargs="+", default=["identity"], help="of the ReALLM layers: ReALLMConfig.decoder"
-    )
+    parser.add_argument("--decoders", nargs="+", default=["trellis", "identity"], help="of the ReALLM layers")
     parser.add_argument("--only", nargs="*", help="rows to take; all by default")
     arguments = parser.parse_args()
     report = Report("reallm_speed", vars(arguments))
@@ -67,9 +65,8 @@ def _loaders(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         "quanto int4": partial(_quanto, arguments.model),
     }
     for decoder in arguments.decoders:
-        suffix = "" if decoder == "identity" else f", {decoder}"
         for bits in (3, 2):
-            name = f"ReALLM {bits} bits{suffix}"
+            name = f"ReALLM {bits} bits, {'k-means' if decoder == 'identity' else decoder}"
             loaders[name] = partial(_reallm, arguments.model, half, bits, decoder)
             loaders[f"{name}, float32"] = partial(_reallm, arguments.model, single, bits, decoder)
     wanted = loaders if arguments.only is None else arguments.only
@@ -135,25 +132,30 @@ def _decoder(model: Any, tokens: int) -> Callable[[], None]:
 
 def _linear_bytes(model: Any) -> tuple[int, int]:
     """Bytes that the linear layers hold, the head aside, and bytes that they would take in a file."""
-    sizes = [_layer_bytes(layer) for layer in linear_layers(model).values()]
-    return sum(held for held, _ in sizes), sum(stored for _, stored in sizes)
+    stored: dict[int, torch.Tensor] = {}
+    held: dict[int, torch.Tensor] = {}  # by address: a table that layers share counts once
+    for layer in linear_layers(model).values():
+        parts, tables = _tensors(layer)
+        stored |= {part.data_ptr(): part for part in parts}
+        held |= {part.data_ptr(): part for part in (*parts, *tables)}
+    return sum(part.nbytes for part in held.values()), sum(part.nbytes for part in stored.values())
 
 
-def _layer_bytes(layer: Any) -> tuple[int, int]:
+def _tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a layer stores, and what it makes of that in order to compute."""
     from hf_ext import ReALLMLinear
 
     if isinstance(layer, ReALLMLinear):
-        parts = {part.data_ptr(): part for part in layer.parts.values()}
-        stored = sum(part.nbytes for part in parts.values())
         prepared = getattr(vars(layer.kernel()).get("_prepared"), "_obj", None)
-        parts |= {tensor.data_ptr(): tensor for tensor in getattr(prepared, "tensors", ()) if tensor is not None}
-        return sum(part.nbytes for part in parts.values()), stored
-    size = layer.weight.nbytes
-    if hasattr(layer.weight, "_shift"):  # quanto: packed values, a scale and a shift for each group
-        size = layer.weight._data._data.nbytes + layer.weight._scale.nbytes + layer.weight._shift.nbytes
-    elif hasattr(layer.weight, "quant_state"):  # bitsandbytes
-        size += layer.weight.quant_state.absmax.nbytes
-    return size, size
+        return list(layer.parts.values()), [
+            tensor for tensor in getattr(prepared, "tensors", ()) if tensor is not None
+        ]
+    weight = layer.weight
+    if hasattr(weight, "_shift"):  # quanto: packed values, a scale and a shift for each group
+        return [weight._data._data, weight._scale, weight._shift], []
+    if hasattr(weight, "quant_state"):  # bitsandbytes
+        return [weight.data, weight.quant_state.absmax], []
+    return [weight.data], []
 
 
 if __name__ == "__main__":
