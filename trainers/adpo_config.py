@@ -2,24 +2,23 @@
 
 from dataclasses import dataclass, field
 
-from trl import DPOConfig
-
 from hf_ext.data.preference import POSITIONS
 from hf_ext.trainers.losses import TOXIC_LOSSES, TOXIC_REFERENCES
 from hf_ext.trainers.preference_checks import check_choice, check_number
+from hf_ext.trainers.preference_config import PreferenceConfig
 
 MISSING = ("error", "mask")
 
 
 @dataclass
-class ADPOConfig(DPOConfig):
+class ADPOConfig(PreferenceConfig):
     """DPOConfig with the toxic term of ADPO.
 
     Raises:
         ValueError: an option is out of range, unknown, or does not go with another.
     """
 
-    toxic_weight: float = field(default=1.0, metadata={"help": "Weight lambda of the toxic term; 0 leaves DPO."})
+    toxic_weight: float = field(default=0.25, metadata={"help": "Weight lambda of the toxic term; 0 leaves DPO."})
     toxic_beta: float | None = field(
         default=None, metadata={"help": "Temperature gamma of the toxic term; beta by default."}
     )
@@ -58,13 +57,9 @@ class ADPOConfig(DPOConfig):
         default="suffix", metadata={"help": "Where it stands in the prompt.", "choices": list(POSITIONS)}
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check()
-
     def check(self) -> None:
         """Refuse values that no run can have."""
-        check_number("beta", self.beta, above=0.0)
+        super().check()
         check_number("toxic_weight", self.toxic_weight, at_least=0.0)
         check_choice("toxic_loss", self.toxic_loss, TOXIC_LOSSES)
         check_choice("toxic_reference", self.toxic_reference, TOXIC_REFERENCES)

@@ -5,7 +5,6 @@ term, the toxic one against the same model conditioned on a control token. Its p
 docs/adpo.md derives the three readings that `ADPOConfig.toxic_loss` selects.
 """
 
-import contextlib
 import dataclasses
 import logging
 import textwrap
@@ -13,16 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from hf_ext.trainers.adpo_config import ADPOConfig
 from hf_ext.trainers.adpo_rows import TOXIC_COLUMNS, split_prompt, tokenize_toxic
 from hf_ext.trainers.losses import adpo_joint_reference, adpo_toxic_term, cap_toxic_logratio
 from hf_ext.trainers.preference_base import PreferenceTrainer
-from hf_ext.trainers.preference_checks import REFERENCE_ADAPTER, check_completions
+from hf_ext.trainers.preference_checks import check_completions
 from hf_ext.trainers.preference_collator import TOKENS, TOXIC_REFERENCE, TripleCollator, widen
-from hf_ext.trainers.preference_scoring import completion_logps
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +40,8 @@ class ADPOTrainer(PreferenceTrainer):
     or logged; the token makes any checkpoint that still honours it answer toxically, so keep it from users.
 
     Logged beyond TRL's metrics: ``rewards/toxic`` (gamma times the log-ratio), ``rewards/toxic_accuracy`` (share with
-    the chosen log-ratio above the toxic one), ``logps/toxic``, ``loss/dpo``, ``loss/toxic`` (unweighted),
+    the chosen log-ratio above the toxic one), ``logps/toxic``, ``loss/dpo``, ``loss/toxic`` (unweighted mean of the
+    rows that have one; in the loss the others count as 0, so that it is a mean over examples),
     ``adpo/toxic_weight`` and ``adpo/toxic_available`` (share of rows that have one). In "joint" the toxic part is
     inside ``rewards/rejected``.
 
@@ -169,26 +166,21 @@ class ADPOTrainer(PreferenceTrainer):
             value = self._tokenizer.pad_token_id if name == "input_ids" else 0
             parts = (pair[name], inputs[f"control_{name}"])
             rows[name] = torch.cat([widen(part, width, value) for part in parts])
-        logps = self._score_reference(self.ref_model or self.model, rows)
+        model = self.share_prompt(self.ref_model or self.model, _examples(inputs))
+        logps = self._score_reference(model, rows)
         chosen, rejected = logps[: len(pair["input_ids"])].chunk(2)
         return chosen, rejected, logps[len(pair["input_ids"]) :]
 
     def _score_reference(self, model: Any, rows: dict[str, Any]) -> Tensor:
-        adapter: Any = contextlib.nullcontext()
-        policy = self.accelerator.unwrap_model(self.model)
-        if self.ref_model is None and hasattr(policy, "peft_config"):
-            adapter = use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None)
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            return completion_logps(model, rows)
+        """Log-probabilities ``[rows]`` under the reference; TRL halves the rows, whatever they are."""
+        return torch.cat(super().compute_ref_log_probs(model, rows))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if "toxic_examples" not in inputs:
-            if self._toxic:
-                self._log_mean("adpo/toxic_available", inputs["input_ids"].new_zeros(len(inputs["input_ids"]) // 2))
-            return super()._compute_loss(model, inputs, return_outputs)
+            return self._loss_without_toxic(model, inputs, return_outputs)
         pair = _pair_inputs(inputs)
-        forward = _OneForward(model, inputs)
+        options = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        forward = _OneForward(self.share_prompt(model, _examples(inputs)), inputs, **options)
         toxic_logps = forward.logps[_pair_rows(inputs) :]
         if self.precompute_ref_logps:
             reference = inputs[TOXIC_REFERENCE]
@@ -198,15 +190,22 @@ class ADPOTrainer(PreferenceTrainer):
         toxic = cap_toxic_logratio(toxic_logps - reference, self.args.toxic_margin)
         result = self._pair_loss(forward, pair, toxic, inputs["toxic_examples"], return_outputs)
         preference, outputs = result if return_outputs else (result, None)
-        chosen_ratio = (forward.logps[: len(pair["ref_chosen_logps"])] - pair["ref_chosen_logps"])[
-            inputs["toxic_examples"]
-        ]
-        loss, term = preference, None
+        chosen_ratios = forward.logps[: len(pair["ref_chosen_logps"])] - pair["ref_chosen_logps"]
+        chosen = chosen_ratios[inputs["toxic_examples"]]
+        loss, term = preference, toxic.new_empty(0)
         if self.args.toxic_loss != "joint":
-            term = adpo_toxic_term(chosen_ratio, toxic, self.toxic_beta, self.args.toxic_loss)
-            loss = preference + self._toxic_weight() * term.mean()
-        self._log_triples(inputs, preference, term, toxic_logps, toxic, chosen_ratio)
+            term = adpo_toxic_term(chosen, toxic, self.toxic_beta, self.args.toxic_loss)
+            loss = preference + self._toxic_weight() * term.sum() / len(chosen_ratios)
+        self._log_triples(inputs, preference, term, toxic_logps, toxic, chosen)
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_without_toxic(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """DPO's loss of a batch in which no row has a toxic response; logs what the other processes log with it."""
+        result = super()._compute_loss(model, inputs, return_outputs)
+        if self._toxic:
+            preference = result[0] if return_outputs else result
+            self._log_triples(inputs, preference, *[preference.new_empty(0)] * 4)
+        return result
 
     def _pair_loss(
         self, forward: "_OneForward", pair: dict[str, Any], toxic: Tensor, examples: Tensor, return_outputs: bool
@@ -247,20 +246,19 @@ class ADPOTrainer(PreferenceTrainer):
         self,
         inputs: dict[str, Any],
         preference: Tensor,
-        term: Tensor | None,
+        term: Tensor,
         toxic_logps: Tensor,
         toxic: Tensor,
         chosen: Tensor,
     ) -> None:
-        examples = _pair_rows(inputs) // 2
-        available = torch.zeros(examples, device=toxic.device)
-        available[inputs["toxic_examples"]] = 1.0
+        """Record the toxic metrics, the same in every batch, since each is gathered from all processes."""
+        available = torch.zeros(_pair_rows(inputs) // 2, device=toxic.device)
+        available[: len(toxic)] = 1.0
         self._log_mean("rewards/toxic", self.toxic_beta * toxic)
         self._log_mean("rewards/toxic_accuracy", chosen > toxic)
         self._log_mean("logps/toxic", toxic_logps)
         self._log_mean("loss/dpo", preference.reshape(1))
-        if term is not None:
-            self._log_mean("loss/toxic", term)
+        self._log_mean("loss/toxic", term)
         self._log_mean("adpo/toxic_weight", toxic.new_tensor([self._toxic_weight()]))
         self._log_mean("adpo/toxic_available", available)
 
@@ -271,13 +269,13 @@ class _OneForward:
     Any other call, as TRL makes for logits, goes to the model.
     """
 
-    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: Any, inputs: dict[str, Any], **options: Any) -> None:
         self.model = model
         self.pairs = _pair_rows(inputs)
         rows = {name: value for name, value in inputs.items() if name not in (*OWN_INPUTS, *_REFERENCES)}
         mask = rows.pop("completion_mask")
         labels = rows["input_ids"].masked_fill(mask == 0, -100)
-        self.outputs = model(**rows, use_cache=False, labels=labels, fused_lm_head=True)
+        self.outputs = model(**rows, **options, use_cache=False, labels=labels, fused_lm_head=True)
         self.logps = self.outputs.log_probs[:, -(mask.size(1) - 1) :].sum(dim=1)
 
     def __call__(self, **kwargs: Any) -> Any:
@@ -298,6 +296,12 @@ def _pair_rows(inputs: dict[str, Any]) -> int:
     """Rows of the batch that are TRL's: chosen and rejected."""
     toxic = inputs.get("toxic_examples")
     return len(inputs["input_ids"]) - (0 if toxic is None else len(toxic))
+
+
+def _examples(inputs: dict[str, Any]) -> Tensor:
+    """The example of each row: chosen, rejected, toxic."""
+    pairs = torch.arange(_pair_rows(inputs) // 2, device=inputs["input_ids"].device)
+    return torch.cat([pairs, pairs, inputs["toxic_examples"]])
 
 
 def _pair_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ except ImportError as error:
     raise ImportError('Preference training needs trl, peft and datasets: pip install "hf_ext[train]".') from error
 
 from hf_ext.trainers.preference_collator import PairCollator
+from hf_ext.trainers.preference_config import PreferenceConfig
+from hf_ext.trainers.shared_prompt import SharedPrompt, can_share_prompt
 
 
 class PreferenceTrainer(DPOTrainer):
@@ -30,7 +32,7 @@ class PreferenceTrainer(DPOTrainer):
         **kwargs: as `trl.DPOTrainer`.
     """
 
-    config_class: type[DPOConfig] = DPOConfig
+    config_class: type[PreferenceConfig] = PreferenceConfig
     collator_class: type[PairCollator] = PairCollator
     _signature_columns: Any  # Trainer's and DPOTrainer's, which the subclasses read
     _precompute_model_hash: Any
@@ -113,6 +115,17 @@ class PreferenceTrainer(DPOTrainer):
             if model is not None:
                 model = self.accelerator.unwrap_model(model)
                 score_through_head(model.get_base_model() if hasattr(model, "peft_config") else model)
+
+    def share_prompt(self, model: Any, examples: Any) -> Any:
+        """The model, or a stand-in that computes the prompt of each example once (see `SharedPrompt`).
+
+        Args:
+            model: whose rows are scored.
+            examples: the example of each row, ``[R]``.
+        """
+        if self.args.share_prompt and not self.aux_loss_enabled and can_share_prompt(model):
+            return SharedPrompt(model, examples)
+        return model
 
     def _required_columns(self, args: Any) -> list[str]:
         return ["chosen", "rejected"]

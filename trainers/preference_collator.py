@@ -68,6 +68,12 @@ class TripleCollator(PairCollator):
         }
 
 
+def pair_examples(batch: dict[str, Any]) -> Tensor:
+    """The example of each of TRL's 2B rows, chosen first."""
+    ids = batch["input_ids"]
+    return torch.arange(len(ids) // 2, device=ids.device).repeat(2)
+
+
 def widen(rows: Tensor, width: int, value: int) -> Tensor:
     """Pad ``[N, T]`` on the right to ``[N, width]``."""
     return F.pad(rows, (0, width - rows.size(1)), value=value)

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import DPOConfig
-
 from hf_ext.trainers.losses import PREVIOUS_REWARDS, spo_margin_weights, spo_reference_coefficients
 from hf_ext.trainers.preference_checks import check_choice, check_number
+from hf_ext.trainers.preference_config import PreferenceConfig
 
 # Losses of the difference between the two log-ratios. The others read each side alone, which an unnormalised
 # reference shifts by an unknown constant.
@@ -15,7 +14,7 @@ DIFFERENCE_LOSSES = ("sigmoid", "hinge", "robust", "exo_pair", "discopop", "sft"
 
 
 @dataclass
-class SPOConfig(DPOConfig):
+class SPOConfig(PreferenceConfig):
     """DPOConfig with what makes it a round of SPO. With the defaults it is round 1, which is DPO.
 
     Raises:
@@ -56,13 +55,9 @@ class SPOConfig(DPOConfig):
         default=None, metadata={"help": "beta of rounds 1 to n-1; read from the manifest where there is one."}
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check()
-
     def check(self) -> None:
         """Refuse values that no round can have."""
-        check_number("beta", self.beta, above=0.0)
+        super().check()
         check_number("prev_lambda", self.prev_lambda, at_least=0.0)
         check_choice("prev_reward", self.prev_reward, PREVIOUS_REWARDS)
         for name, bound in (("prev_lambdas", {"at_least": 0.0}), ("prev_betas", {"above": 0.0})):

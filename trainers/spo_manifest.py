@@ -106,7 +106,7 @@ def policy_fingerprint(model: Any, state_dict: Mapping[str, Tensor] | None = Non
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        return fingerprint(get_peft_model_state_dict(model, adapter_name="default"))
+        return fingerprint(get_peft_model_state_dict(model, state_dict=state_dict, adapter_name="default"))
     return fingerprint(model.state_dict() if state_dict is None else state_dict)
 
 

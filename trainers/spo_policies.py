@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, disable_dropout_in_model, use_adapter
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    hash_module,
+    use_adapter,
+)
 
 from hf_ext.trainers.preference_checks import REFERENCE_ADAPTER, TRAINED_ADAPTER
+from hf_ext.trainers.preference_collator import pair_examples
 from hf_ext.trainers.preference_scoring import completion_logps, score_through_head
 
 ADAPTER_FILE = "adapter_config.json"
@@ -19,10 +26,17 @@ ADAPTER_FILE = "adapter_config.json"
 
 @dataclass(frozen=True)
 class FrozenPolicy:
-    """Either ``model``, or the adapter of that name on the trained model (None for its base without adapters)."""
+    """Either ``model``, or the adapter of that name on the trained model (None for its base without adapters).
+
+    Attributes:
+        model: prepared for scoring, and sharded with FSDP.
+        adapter: name of the adapter.
+        weights: hash of the model's weights, where its log-probabilities are to be stored.
+    """
 
     model: Any = None
     adapter: str | None = None
+    weights: str | None = None
 
 
 def is_adapter_folder(path: Any) -> bool:
@@ -78,7 +92,8 @@ def freeze_policy(trainer: Any, source: Any, k: int) -> FrozenPolicy:
     if source is trainer.model or (source is not None and source is trainer.ref_model):
         raise ValueError(f"Policy {k} is the trained model or its reference; it must be the result of round {k}.")
     model = _load_model(trainer, source) if isinstance(source, str) else source
-    return FrozenPolicy(model=_prepare(trainer, model))
+    weights = hash_module(model) if trainer.precompute_ref_logps else None  # before it may be sharded
+    return FrozenPolicy(model=_prepare(trainer, model), weights=weights)
 
 
 def score_frozen(trainer: Any, policy: FrozenPolicy, inputs: dict[str, Any]) -> Tensor:
@@ -88,7 +103,8 @@ def score_frozen(trainer: Any, policy: FrozenPolicy, inputs: dict[str, Any]) -> 
     if policy.model is None:
         adapter = use_adapter(trainer.accelerator.unwrap_model(trainer.model), policy.adapter)
     with torch.no_grad(), checkpointing, adapter, trainer.accelerator.autocast():
-        return completion_logps(policy.model or trainer.model, inputs, trainer.ld_alpha)
+        model = trainer.share_prompt(policy.model or trainer.model, pair_examples(inputs))
+        return completion_logps(model, inputs, trainer.ld_alpha)
 
 
 def _check_adapter(source: str | None, adapters: Any, k: int, reference_on_model: bool) -> None:

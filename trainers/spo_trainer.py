@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_ext.trainers.losses import spo_reference_logps
 from hf_ext.trainers.preference_base import PreferenceTrainer
-from hf_ext.trainers.preference_collator import OLDEST_MARGIN, PREVIOUS_MARGIN
+from hf_ext.trainers.preference_collator import OLDEST_MARGIN, PREVIOUS_MARGIN, pair_examples
 from hf_ext.trainers.preference_scoring import sum_logps
 from hf_ext.trainers.spo_config import SPOConfig, SPOPlan, make_plan
 from hf_ext.trainers.spo_manifest import (
@@ -27,9 +27,7 @@ from hf_ext.trainers.spo_manifest import (
     write_manifest,
 )
 from hf_ext.trainers.spo_policies import FrozenPolicy, continue_adapter, freeze_policy, is_adapter_folder, score_frozen
-
-STORED = ("prev{}_chosen_logps", "prev{}_rejected_logps")
-STORED_TOLERANCE = 0.02  # of the log-probability, or half a nat: above the rounding of bfloat16, below another model
+from hf_ext.trainers.spo_stored import STORED, has_stored, read_stored, refuse_other_model
 
 
 class SPOTrainer(PreferenceTrainer):
@@ -118,7 +116,7 @@ class SPOTrainer(PreferenceTrainer):
     def _freeze(self, dataset: Any) -> None:
         """Load the frozen policies that are neither at hand nor stored in the dataset."""
         for k in self.plan.needed[:-1]:
-            if k not in self._frozen and not (self.precompute_ref_logps and _has_stored(dataset, k)):
+            if k not in self._frozen and not (self.precompute_ref_logps and has_stored(dataset, k)):
                 self._frozen[k] = freeze_policy(self, self._policy_source(k), k)
 
     def _policy_source(self, k: int) -> Any:
@@ -135,6 +133,7 @@ class SPOTrainer(PreferenceTrainer):
 
     def _frozen_logps(self, k: int, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if k == self.plan.round_index - 1:
+            model = model if self.plan.is_dpo else self.share_prompt(model, pair_examples(inputs))
             chosen, rejected = super().compute_ref_log_probs(model, inputs)
         else:
             chosen, rejected = score_frozen(self, self._frozen[k], inputs).chunk(2)
@@ -167,13 +166,9 @@ class SPOTrainer(PreferenceTrainer):
         self._freeze(dataset)
         dataset = dataset.remove_columns([c for c in _combined_columns() if c in dataset.column_names])
         for k in self.plan.needed:
-            if _has_stored(dataset, k):
-                continue
-            dataset = self._store_policy(dataset, name, batch_size, k)
-        stored: dict[int, Any] = {
-            k: tuple(torch.tensor(dataset[column.format(k)], dtype=torch.float32) for column in STORED)
-            for k in self.plan.needed
-        }
+            if not has_stored(dataset, k):
+                dataset = self._store_policy(dataset, name, batch_size, k)
+        stored = {k: read_stored(dataset, k) for k in self.plan.needed}
         self._check_stored(dataset, stored)
         chosen, rejected, extra = self._combine(stored)
         columns = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected, **extra}
@@ -184,11 +179,10 @@ class SPOTrainer(PreferenceTrainer):
     def _store_policy(self, dataset: Any, name: str, batch_size: int, k: int) -> Any:
         """Add the log-probabilities of ``pi_k`` to the dataset through TRL's cached pass."""
         from datasets.fingerprint import Hasher
-        from trl.trainer.utils import hash_module
 
         shared_hash = self._precompute_model_hash
         own = self._frozen.get(k)
-        identity = hash_module(own.model) if own is not None and own.model is not None else (own and own.adapter)
+        identity = own and (own.adapter or own.weights)
         collator = self.data_collator
         settings = (getattr(collator, "max_length", None), getattr(collator, "truncation_mode", None), self.ld_alpha)
         self._precompute_model_hash = Hasher.hash((shared_hash, k, self.plan.round_index, identity, settings))
@@ -201,22 +195,14 @@ class SPOTrainer(PreferenceTrainer):
             {"ref_chosen_logps": STORED[0].format(k), "ref_rejected_logps": STORED[1].format(k)}
         )
 
-    def _check_stored(self, dataset: Any, stored: dict[int, Any]) -> None:
-        """Score two rows anew: stored columns of another model, prompt or length would train on a wrong margin."""
-        k = self.plan.round_index - 1
+    def _check_stored(self, dataset: Any, stored: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Score two rows anew, before any step: later the policy has moved, which may be its own reference."""
         if self.state.global_step:
-            return  # the policy has moved, and without a reference model it was its own
-        rows = [dataset[i] for i in range(min(2, len(dataset)))]
-        inputs = self._prepare_inputs(self.data_collator(rows))
+            return
+        k = self.plan.round_index - 1
+        inputs = self._prepare_inputs(self.data_collator([dataset[i] for i in range(min(2, len(dataset)))]))
         inputs = {name: value for name, value in inputs.items() if name not in self.passed_columns}
-        now = self._frozen_logps(k, self.ref_model or self.model, inputs)
-        for side, column in enumerate(STORED):
-            kept, seen = stored[k][side][: len(rows)], now[side].float().cpu()
-            if ((kept - seen).abs() > (STORED_TOLERANCE * seen.abs()).clamp_min(0.5)).any():
-                raise ValueError(
-                    f"Column {column.format(k)} was computed with another model, chat template or max_length: it "
-                    f"holds {kept.tolist()} where this reference gives {seen.tolist()}. Remove the column."
-                )
+        refuse_other_model(stored[k], self._frozen_logps(k, self.ref_model or self.model, inputs), k)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
@@ -229,7 +215,7 @@ class SPOTrainer(PreferenceTrainer):
                 {k: self._frozen_logps(k, reference, inputs) for k in self.plan.needed}
             )
             inputs.update(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
-        recorder = _Recorder(model)
+        recorder = _Recorder(self.share_prompt(model, pair_examples(inputs)))
         stored, self.precompute_ref_logps = self.precompute_ref_logps, True  # read the reference from the batch
         try:
             result = super()._compute_loss(recorder, inputs, return_outputs)
@@ -266,9 +252,8 @@ class SPOTrainer(PreferenceTrainer):
         chosen, rejected = torch.cat(chunks, dim=1)
         return chosen, rejected
 
-    def round_record(self, state_dict: Any = None) -> dict[str, Any]:
-        """What the manifest says of this round."""
-        model = self.accelerator.unwrap_model(self.model)
+    def round_record(self) -> dict[str, Any]:
+        """What the manifest says of this round, but for the weights."""
         return {
             "round": self.plan.round_index,
             "dimension": self.args.dimension,
@@ -278,13 +263,14 @@ class SPOTrainer(PreferenceTrainer):
             "loss_type": list(self.args.loss_type),
             "max_length": self.args.max_length,
             "dataset": getattr(self.train_dataset, "_fingerprint", None),
-            "kind": "adapter" if hasattr(model, "peft_config") else "model",
+            "kind": "adapter" if hasattr(self.accelerator.unwrap_model(self.model), "peft_config") else "model",
             "policy": ".",
-            "fingerprint": policy_fingerprint(model, state_dict),
         }
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # with FSDP every process comes here
+            return
         folder = str(Path(output_dir or self.args.output_dir).resolve())
         earlier: list[dict[str, Any]] = []
         base = self._base
@@ -296,7 +282,9 @@ class SPOTrainer(PreferenceTrainer):
             ]
         elif self.plan.round_index > 1:
             return  # rounds before this one are known by their betas alone; a manifest would claim more
-        write_manifest(folder, {"base": base, "rounds": [*earlier, self.round_record(state_dict)]})
+        fingerprint = policy_fingerprint(self.accelerator.unwrap_model(self.model), state_dict)
+        record = {**self.round_record(), "fingerprint": fingerprint}
+        write_manifest(folder, {"base": base, "rounds": [*earlier, record]})
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As TRL's, with a table of the rounds."""
@@ -337,10 +325,6 @@ def _align_policies(policies: Any, round_index: int) -> dict[int, Any]:
         )
     first = round_index - 1 - len(policies)
     return {first + i: policy for i, policy in enumerate(policies)}
-
-
-def _has_stored(dataset: Any, k: int) -> bool:
-    return all(column.format(k) in (getattr(dataset, "column_names", None) or ()) for column in STORED)
 
 
 def _combined_columns() -> tuple[str, ...]:

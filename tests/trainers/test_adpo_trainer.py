@@ -16,6 +16,7 @@ from hf_ext.data.preference import add_control_token
 from hf_ext.trainers.adpo_config import ADPOConfig
 from hf_ext.trainers.adpo_trainer import ADPOTrainer
 from hf_ext.trainers.losses import TOXIC_LOSSES
+from hf_ext.trainers.shared_prompt import SharedPrompt
 
 
 def load(preference, seed: int = 0):
@@ -97,12 +98,14 @@ def test_zero_weight_is_dpo_bit_for_bit_and_reads_no_toxic_column(preference, tm
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
 
 
-def test_one_forward_of_the_policy_and_no_third_copy(preference, tmp_path):
-    trainer = build(preference, tmp_path)
+@pytest.mark.parametrize(("share_prompt", "rows"), [(False, 12), (True, 4)])
+def test_one_forward_of_the_policy_and_no_third_copy(preference, tmp_path, monkeypatch, share_prompt, rows):
+    monkeypatch.setattr(SharedPrompt, "_pays", lambda *args: True)
+    trainer = build(preference, tmp_path, share_prompt=share_prompt)
     calls = []
     trainer.model.model.register_forward_hook(lambda module, args, output: calls.append(output[0].shape[0]))
     batch_loss(trainer)
-    assert calls == [12]
+    assert calls == [rows]
     adapter = get_peft_model(load(preference), LoraConfig(r=2))
     trainer = build(preference, tmp_path, model=adapter)
     assert trainer.ref_model is None
@@ -167,6 +170,33 @@ def test_rows_without_a_toxic_response_are_pairs(preference, tmp_path):
         build(preference, tmp_path, Dataset.from_list(rows))
 
 
+def test_every_batch_gathers_the_same_metrics(preference, tmp_path, monkeypatch):
+    """Processes whose batches have and lack toxic responses must meet in the same collective operations."""
+    rows = preference.rows(8).to_list()
+    for row in rows[:4]:
+        row["toxic"] = None
+    trainer = build(preference, tmp_path, Dataset.from_list(rows), missing_toxic="mask")
+    trainer.model.train()
+    gathered = []
+
+    def spy(value):
+        gathered[-1].append(tuple(value.shape[1:]))
+        return value
+
+    monkeypatch.setattr(trainer.accelerator, "gather", spy)
+    monkeypatch.setattr(trainer.accelerator, "gather_for_metrics", spy)
+    for part in (slice(0, 4), slice(4, 8), slice(2, 6)):
+        gathered.append([])
+        rows = [trainer.train_dataset[i] for i in range(8)[part]]
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
+    assert gathered[0] == gathered[1] == gathered[2] and len(gathered[0]) > 10
+    logged = trainer._metrics["train"]
+    assert logged["adpo/toxic_available"] == [0.0, 1.0, 0.5]
+    assert len(logged["rewards/toxic"]) == len(logged["loss/toxic"]) == 2
+    toxic = trainer.args.toxic_weight * logged["loss/toxic"][-1] * 0.5  # half of the examples have one
+    assert loss.item() == pytest.approx(logged["loss/dpo"][-1] + toxic, rel=1e-6)
+
+
 def test_the_pair_part_is_dpos_on_the_same_rows(preference, tmp_path):
     trainer = build(preference, tmp_path, toxic_weight=0.5)
     total = batch_loss(trainer)
@@ -183,13 +213,38 @@ def test_warmup_raises_the_weight_linearly(preference, tmp_path):
     assert logged == [0.0, 1.0, 2.0, 2.0]
 
 
-def test_resume_equals_the_uninterrupted_run(preference, tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = build(preference, tmp_path / "whole", **options)
+@pytest.mark.parametrize("kind", ["full", "adapters"])
+def test_resume_equals_the_uninterrupted_run(preference, tmp_path, kind):
+    def start(output):
+        torch.manual_seed(0)
+        model = get_peft_model(load(preference), LoraConfig(r=2)) if kind == "adapters" else None
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        return build(preference, output, model=model, **options)
+
+    whole = start(tmp_path / "whole")
     whole.train()
-    resumed = build(preference, tmp_path / "resumed", **options)
+    resumed = start(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_two_half_batches_accumulate_to_a_whole_one(preference, tmp_path):
+    """Rows that all have a toxic response: the mean over two microbatches is the mean over the batch."""
+    whole = build(preference, tmp_path, max_steps=3)
+    halves = build(preference, tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    whole.train()
+    halves.train()
+    assert losses(halves) == pytest.approx(losses(whole), rel=1e-5)
+    for one, other in zip(whole.model.parameters(), halves.model.parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5)
+
+
+def test_images_and_a_moving_reference_with_stored_values_are_refused(preference, tmp_path):
+    images = preference.rows(2).map(lambda row: {"image": "x.png"})
+    with pytest.raises(ValueError, match="ADPO takes text only"):
+        build(preference, tmp_path, images)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs"):
+        build(preference, tmp_path, sync_ref_model=True, precompute_ref_log_probs=True)
 
 
 def test_implicit_prompts_are_what_all_three_responses_share():
@@ -233,6 +288,7 @@ def test_text_is_not_printed(preference, tmp_path, capfd):
     ("options", "words"),
     [
         ({"toxic_loss": "sum"}, "'additive', 'pairwise', 'joint'"),
+        ({"loss_type": ["sigmoid", "sft "]}, "loss_type is 'sft '; allowed: 'sigmoid'"),
         ({"toxic_reference": "sft"}, "'tox', 'ref'"),
         ({"toxic_weight": -1.0}, "toxic_weight is -1.0"),
         ({"toxic_weight": float("inf")}, "toxic_weight is inf"),

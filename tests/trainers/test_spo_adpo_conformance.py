@@ -93,6 +93,23 @@ def bitsandbytes_base(preference):
     return AutoModelForCausalLM.from_pretrained(preference.folder(1, 64), quantization_config=config)  # 64: one block
 
 
+def experts(preference):
+    """A mixture of experts, whose router adds a loss of its own."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=len(preference.tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    torch.manual_seed(1)
+    return MixtralForCausalLM(config)
+
+
 def reallm_config():
     from hf_ext.quant.config import ReALLMConfig
 
@@ -112,6 +129,7 @@ USAGES = {
     "model as instance": {"model": load},
     "model in memory only": {"model": lambda p: tiny_llama(p.tokenizer, seed=1)},
     "explicit ref_model": {"model": load, "kwargs": lambda p: {"ref_model": load(p)}},
+    "mixture of experts": {"model": experts, "kwargs": lambda p: {"ref_model": experts(p)}},
     "peft_config": {"kwargs": {"peft_config": LORA}},
     "PeftModel": {"model": lambda p: get_peft_model(load(p), LORA)},
     **{

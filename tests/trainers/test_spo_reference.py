@@ -15,6 +15,7 @@ from trl import __version__ as trl_version
 from hf_ext.data.preference_toy import tiny_llama
 from hf_ext.trainers.adpo_config import ADPOConfig
 from hf_ext.trainers.adpo_trainer import ADPOTrainer
+from hf_ext.trainers.preference_config import LOSS_TYPES
 from hf_ext.trainers.preference_scoring import (
     completion_logps,
     effective_weight,
@@ -192,6 +193,8 @@ def test_what_is_relied_on_of_trl():
         "model = self.ref_model or self.model",
     ):
         assert text in source, f"TRL {trl_version} no longer has: {text}"
+    assert all(f'loss_type == "{name}"' in source for name in LOSS_TYPES)
+    assert source.count('loss_type == "') == len(LOSS_TYPES), f"TRL {trl_version} has other losses than LOSS_TYPES"
     for name in ("_compute_loss", "compute_ref_log_probs", "_precompute_ref_logps", "_prepare_dataset"):
         assert callable(getattr(DPOTrainer, name))
 

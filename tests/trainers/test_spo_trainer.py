@@ -280,6 +280,7 @@ def test_model_card_and_public_names(preference, tmp_path):
         ({"prev_lambda": -1.0}, "prev_lambda is -1.0"),
         ({"beta": 0.0}, "beta is 0.0"),
         ({"prev_reward": "sum"}, "'chain', 'recursive', 'naive'"),
+        ({"loss_type": "sigmod"}, "loss_type is 'sigmod'; allowed: 'sigmoid'"),
         ({"prev_betas": [0.1], "round_index": 2, "prev_lambdas": [1.0, 1.0]}, "prev_lambdas has 2 values"),
         ({"prev_betas": [0.1], "round_index": 2, "loss_type": ["ipo"]}, "loss_type"),
         ({"prev_betas": [0.1], "round_index": 2, "loss_type": ["bco_pair"]}, "loss_type"),
