@@ -2,8 +2,10 @@
 
     python benchmarks/reallm_layers.py --calibration FOLDER --text FILE [--block 10]
 
-Four matrices of one block are solved in many ways from the inputs that calibration text gives them. The error is that
-of their outputs on the other text, relative to the outputs themselves (a variance ratio); bits count all stored parts.
+Five matrices of one block are solved in many ways from the inputs that calibration text gives them. The error is that
+of their outputs on the other text, relative to the outputs themselves (a variance ratio); ``cost`` weighs it by the
+squared gradient of the loss there and sums it up: the nats per token that it is predicted to cost (see
+`hf_ext.quant.calibration.output_gradients`). Bits count all stored parts.
 """
 
 import argparse
@@ -17,36 +19,43 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _run import Report
 
-MATRICES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
+GRADIENT_WINDOWS = 2  # windows of 512 tokens for a backward pass
 ROUNDING: dict[str, Any] = {"vector_size": 1, "codebook": "uniform", "affine": True, "group_size": 64}
 NF4: dict[str, Any] = {"vector_size": 1, "code_bits": 4, "codebook": "nf4", "group_size": 64, "scale_bits": 32}
-THREE: dict[str, Any] = {"vector_size": 2, "code_bits": 6, "rank": 4, "permute": True}
-TWO: dict[str, Any] = {"vector_size": 4, "code_bits": 8, "rank": 4, "permute": True}
+FACTORS: dict[str, Any] = {"rank": 4, "permute": True, "low_rank_bits": 8}
+THREE: dict[str, Any] = {"vector_size": 1, "code_bits": 3, "decoder": "trellis", **FACTORS}
+TWO: dict[str, Any] = {"vector_size": 1, "code_bits": 2, "decoder": "trellis", **FACTORS}
+VECTORS_3: dict[str, Any] = {"vector_size": 2, "code_bits": 6, **FACTORS}
+VECTORS_2: dict[str, Any] = {"vector_size": 4, "code_bits": 8, **FACTORS}
 
-# name -> shape, effort, whether the solver sees the calibration text
-WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
-    "NF4, groups of 64": (NF4, {}, False),
-    "RTN 3": ({**ROUNDING, "code_bits": 3}, {}, False),
-    "GPTQ 3": ({**ROUNDING, "code_bits": 3}, {}, True),
-    "ReALLM 3": (THREE, {}, True),
-    "ReALLM 3, int8 factors": ({**THREE, "low_rank_bits": 8}, {}, True),
-    "ReALLM 3, no low rank": ({**THREE, "rank": 0}, {}, True),
-    "ReALLM 3, no feedback": (THREE, {"feedback": False}, True),
-    "ReALLM 3, no weighting": (THREE, {"weighting": False}, True),
-    "ReALLM 3, no permutation": ({**THREE, "permute": False}, {}, True),
-    "ReALLM 3, three rounds": (THREE, {"rounds": 3}, True),
-    "ReALLM 3, damping 0.01": (THREE, {"damping": 0.01}, True),
-    "ReALLM 3, pointwise decoder": ({**THREE, "decoder": "pointwise"}, {}, True),
-    "ReALLM 3, context decoder": ({**THREE, "decoder": "context"}, {}, True),
-    "ReALLM 3, data-free": (THREE, {}, False),
-    "RTN 2": ({**ROUNDING, "code_bits": 2}, {}, False),
-    "GPTQ 2": ({**ROUNDING, "code_bits": 2}, {}, True),
-    "ReALLM 2": (TWO, {}, True),
-    "ReALLM 2, no low rank": ({**TWO, "rank": 0}, {}, True),
-    "ReALLM 2, no feedback": (TWO, {"feedback": False}, True),
-    "ReALLM 2, three rounds": (TWO, {"rounds": 3}, True),
-    "ReALLM 2, damping 0.01": (TWO, {"damping": 0.01}, True),
-}  # fmt: skip
+
+def _ways(bits: int, trellis: dict[str, Any], vectors: dict[str, Any]) -> dict[str, tuple[dict[str, Any], ...]]:
+    """Name -> shape, effort, and what the solver is told: nothing, the text's inputs, its gradients too."""
+    told, inputs, nothing = {"inputs": True, "rows": True}, {"inputs": True}, {}
+    return {
+        f"RTN {bits}": ({**ROUNDING, "code_bits": bits}, {}, nothing),
+        f"GPTQ {bits}": ({**ROUNDING, "code_bits": bits}, {}, inputs),
+        f"trellis {bits}": (trellis, {}, told),
+        f"trellis {bits}, states of 10 bits": ({**trellis, "state_bits": 10}, {}, told),
+        f"trellis {bits}, all rows alike": (trellis, {}, inputs),
+        f"trellis {bits}, all columns alike": (trellis, {"weighting": False}, told),
+        f"trellis {bits}, no feedback": (trellis, {"feedback": False}, told),
+        f"trellis {bits}, no permutation": ({**trellis, "permute": False}, {}, told),
+        f"trellis {bits}, no low rank": ({**trellis, "rank": 0}, {}, told),
+        f"trellis {bits}, rank 2": ({**trellis, "rank": 2}, {}, told),
+        f"trellis {bits}, rank 8": ({**trellis, "rank": 8}, {}, told),
+        f"trellis {bits}, three rounds": (trellis, {"rounds": 3}, told),
+        f"trellis {bits}, damping 0.01": (trellis, {"damping": 0.01}, told),
+        f"trellis {bits}, data-free": (trellis, {}, nothing),
+        f"k-means {bits}": (vectors, {}, told),
+        f"k-means {bits}, all rows alike": (vectors, {}, inputs),
+        f"k-means {bits}, pointwise decoder": ({**vectors, "decoder": "pointwise"}, {}, told),
+        f"k-means {bits}, context decoder": ({**vectors, "decoder": "context"}, {}, told),
+    }
+
+
+WAYS = {"NF4, groups of 64": (NF4, {}, {}), **_ways(3, THREE, VECTORS_3), **_ways(2, TWO, VECTORS_2)}
 
 
 def main() -> None:
@@ -56,30 +65,42 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="text file or folder to calibrate on")
     parser.add_argument("--text", required=True, help="text file to measure the error on")
     parser.add_argument("--block", type=int, default=10)
-    parser.add_argument("--windows", type=int, default=8, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows of 512 tokens")
     arguments = parser.parse_args()
     from hf_ext.default_model import load_model
     from hf_ext.quant.container import dense
     from hf_ext.quant.shape import MatrixShape
-    from hf_ext.quant.solve import Effort, relative_error, solve
+    from hf_ext.quant.solve import Effort, relative_error, solve, squared_error
 
     settings = {**vars(arguments), "calibration": Path(arguments.calibration).name, "text": Path(arguments.text).name}
     report = Report("reallm_layers", settings)
     model, tokenizer = load_model(arguments.model)
-    seen = _hessians(model, tokenizer, arguments.calibration, arguments.block, arguments.windows)
-    unseen = _hessians(model, tokenizer, arguments.text, arguments.block, 4)
+    seen, rows = _statistics(model, tokenizer, arguments.calibration, arguments.block, arguments.windows)
+    unseen, costs = _statistics(model, tokenizer, arguments.text, arguments.block, 4)
     weights = {name: model.get_submodule(name).weight.detach() for name in seen}
-    for way, (shape, effort, calibrated) in WAYS.items():
-        errors, bits = {}, 0.0
+    total = sum(weight.numel() for weight in weights.values())
+    for way, (shape, effort, told) in WAYS.items():
+        errors, bits, cost = {}, 0.0, 0.0
         for name, weight in weights.items():
-            hessian = seen[name] if calibrated else None
-            found = solve(weight, MatrixShape(**shape), hessian, effort=Effort(**{"rounds": 1, **effort}))
+            hessian, gradients = seen[name] if told else None, rows[name] if "rows" in told else None
+            found = solve(weight, MatrixShape(**shape), hessian, gradients, Effort(**{"rounds": 1, **effort}))
             stored = dense(found.parts, found.shape, weight.shape[1])
             errors[name.rpartition(".")[2]] = round(relative_error(weight, stored, unseen[name]), 5)
+            cost += 0.5 * squared_error(weight - stored, unseen[name], costs[name])
             bits += 8 * sum(part.nbytes for part in found.parts.values())
-        total = sum(weight.numel() for weight in weights.values())
-        report.row(way=way, bits=round(bits / total, 3), **errors)
+        report.row(way=way, bits=round(bits / total, 3), cost=round(cost, 5), **errors)
     report.save()
+
+
+def _statistics(
+    model: Any, tokenizer: Any, text: str, index: int, windows: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the matrices of one block see of a text, and how much their outputs count there."""
+    from hf_ext.quant.calibration import calibration_windows, output_gradients
+
+    hessians = _hessians(model, tokenizer, text, index, windows)
+    few = calibration_windows(text, tokenizer, GRADIENT_WINDOWS, 512)
+    return hessians, output_gradients(model, {name: model.get_submodule(name) for name in hessians}, few)
 
 
 def _hessians(model: Any, tokenizer: Any, text: str, index: int, windows: int) -> dict[str, Tensor]:

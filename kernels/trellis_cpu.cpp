@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #include <omp.h>
@@ -45,42 +46,68 @@ void write(void *data, int64_t index, float value, int32_t type) {
 
 int64_t column_bytes(int64_t out, int32_t width) { return (out * width + 7) / 8; }
 
+uint64_t load_word(const uint8_t *bytes) {
+    uint64_t word;
+    std::memcpy(&word, bytes, 8);
+    return __builtin_bswap64(word);
+}
+
 // The bits of rows 8 * group to 8 * group + 7 from bit 47 downwards, the 16 bits before them above.
 uint64_t word_of(const uint8_t *column, int64_t size, int64_t left, int32_t width, int64_t group) {
     const int64_t at = group * width - 2;
+    if (at >= 0 && at + 8 <= left) return load_word(column + at);  // bytes of the next column do no harm
     uint64_t word = 0;
-    if (at >= 0 && at + 8 <= left) {  // bytes of the next column do no harm
-        std::memcpy(&word, column + at, 8);
-        return __builtin_bswap64(word);
-    }
     for (int64_t i = at < 0 ? 0 : at; i < at + 8 && i < size; i++) word |= uint64_t(column[i]) << (8 * (7 - (i - at)));
     return word;
 }
 
-struct Lookup {  // the values of eight rows
-    const float *table;
-    uint32_t mask;
-    int32_t width;
+using Eight = float __attribute__((vector_size(32)));
 
-    void eight(uint64_t word, float *values) const {
-#if defined(__AVX2__)
-        if (width <= 4) {
-            _mm256_storeu_ps(values, gather(word));
-            return;
-        }
-#endif
-        for (int r = 0; r < 8; r++) values[r] = table[uint32_t(word >> (48 - width * (r + 1))) & mask];
-    }
+// The values of eight rows. Plain loads: on current CPUs they are faster than a gather.
+template <int width>
+inline Eight eight_of(uint64_t word, const float *table, uint32_t mask) {
+    auto value = [&](int row) { return table[uint32_t(word >> (48 - width * (row + 1))) & mask]; };
+    return Eight{value(0), value(1), value(2), value(3), value(4), value(5), value(6), value(7)};
+}
 
-#if defined(__AVX2__)
-    __m256 gather(uint64_t word) const {  // four rows lie in the upper half, four more in the half 4 * width bits below
-        const __m256i both = _mm256_set_m128i(_mm_set1_epi32(int(word << (4 * width) >> 32)), _mm_set1_epi32(int(word >> 32)));
-        const __m256i row = _mm256_setr_epi32(1, 2, 3, 4, 1, 2, 3, 4);
-        const __m256i shift = _mm256_sub_epi32(_mm256_set1_epi32(16), _mm256_mullo_epi32(row, _mm256_set1_epi32(width)));
-        return _mm256_i32gather_ps(table, _mm256_and_si256(_mm256_srlv_epi32(both, shift), _mm256_set1_epi32(int(mask))), 4);
-    }
-#endif
+constexpr int64_t MOST_ROWS = 4;  // GEMV_ROWS of trellis.py
+struct Factors {
+    float of[MOST_ROWS];
 };
+
+// Calls `f` with the width as a compile-time constant.
+template <typename F>
+void with_width(int32_t width, F &&f) {
+    switch (width) {
+        case 1: return f(std::integral_constant<int, 1>());
+        case 2: return f(std::integral_constant<int, 2>());
+        case 3: return f(std::integral_constant<int, 3>());
+        case 4: return f(std::integral_constant<int, 4>());
+        case 5: return f(std::integral_constant<int, 5>());
+        default: return f(std::integral_constant<int, 6>());
+    }
+}
+
+// sums [rows, padded] += factors [rows] times the values of one column, groups of eight rows from `begin` to `end`;
+// `fixed` is the number of input rows where it is known beforehand, else 0
+template <int width, int fixed>
+void add_column(const uint8_t *column, int64_t size, int64_t left, int64_t begin, int64_t end, const float *table,
+                uint32_t mask, Factors factors, float *sums, int64_t padded, int64_t rows = fixed) {
+    auto add = [&](int64_t g, uint64_t word) {
+        const Eight values = eight_of<width>(word, table, mask);
+        for (int64_t r = 0; r < (fixed ? fixed : rows); r++) {
+            float *at = sums + r * padded + 8 * g;
+            Eight sum;
+            std::memcpy(&sum, at, 32);
+            sum += factors.of[r] * values;
+            std::memcpy(at, &sum, 32);
+        }
+    };
+    int64_t g = begin;
+    for (; g < end && g * width < 2; g++) add(g, word_of(column, size, left, width, g));
+    for (; g < end && g * width + 6 <= left; g++) add(g, load_word(column + g * width - 2));
+    for (; g < end; g++) add(g, word_of(column, size, left, width, g));
+}
 
 template <typename T>
 void project(const T *a, const float *line, int64_t n, float *total) {
@@ -169,9 +196,7 @@ struct Weight {
     int32_t state_bits, scale_type, perm_bytes, lr_type;
 };
 
-static Lookup lookup_of(const Weight *w, int32_t width) {
-    return {w->tables + (int64_t(width - 1) << w->state_bits), (1u << w->state_bits) - 1, width};
-}
+static const float *table_of(const Weight *w, int32_t width) { return w->tables + (int64_t(width - 1) << w->state_bits); }
 
 // y [rows, out] = x [rows, in] times the weight, low-rank term included; at most four rows at a time
 void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, int32_t threads) {
@@ -197,28 +222,18 @@ void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, i
     {
         const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
         const int64_t begin = groups * me / team, end = groups * (me + 1) / team;
+        const uint32_t mask = (1u << w->state_bits) - 1;
         const uint8_t *column = w->stream;
+        float *const sums = result.data();
         for (int64_t k = 0; k < w->in; k++) {
             const int64_t size = column_bytes(w->out, w->widths[k]), left = w->stream + w->bytes - column;
-            const Lookup lookup = lookup_of(w, w->widths[k]);
-            for (int64_t g = begin; g < end; g++) {
-                const uint64_t word = word_of(column, size, left, lookup.width, g);
-#if defined(__AVX2__)
-                if (lookup.width <= 4) {
-                    const __m256 values = lookup.gather(word);
-                    for (int64_t r = 0; r < rows; r++) {
-                        float *sum = result.data() + r * padded + 8 * g;
-                        const __m256 factor = _mm256_set1_ps(inputs[r * w->in + k]);
-                        _mm256_storeu_ps(sum, _mm256_fmadd_ps(factor, values, _mm256_loadu_ps(sum)));
-                    }
-                    continue;
-                }
-#endif
-                float values[8];
-                lookup.eight(word, values);
-                for (int64_t r = 0; r < rows; r++)
-                    for (int i = 0; i < 8; i++) result[r * padded + 8 * g + i] += inputs[r * w->in + k] * values[i];
-            }
+            const float *table = table_of(w, w->widths[k]);
+            Factors factors;
+            for (int64_t r = 0; r < rows; r++) factors.of[r] = inputs[r * w->in + k];
+            with_width(w->widths[k], [=](auto width) {
+                if (rows == 1) add_column<width, 1>(column, size, left, begin, end, table, mask, factors, sums, padded);
+                else add_column<width, 0>(column, size, left, begin, end, table, mask, factors, sums, padded, rows);
+            });
             column += size;
         }
         for (int64_t o = 8 * begin; o < 8 * end && o < w->out; o++) {
@@ -241,28 +256,23 @@ void decode(const Weight *w, void *dense, int32_t type, int32_t threads) {
     for (int64_t o = 0; o < w->out; o++) scales[o] = read(w->scales, o, w->scale_type);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t k = 0; k < w->in; k++) {
-        const Lookup lookup = lookup_of(w, w->widths[k]);
-        for (int64_t g = 0; 8 * g < w->out; g++) {
-            float values[8];
-            const uint8_t *column = w->stream + starts[k];
-            lookup.eight(word_of(column, starts[k + 1] - starts[k], w->bytes - starts[k], lookup.width, g), values);
-            for (int64_t o = 8 * g; o < 8 * g + 8 && o < w->out; o++)
-                write(dense, k * w->out + o, values[o - 8 * g] * scales[o], type);
-        }
+        const uint8_t *column = w->stream + starts[k];
+        const uint32_t mask = (1u << w->state_bits) - 1;
+        with_width(w->widths[k], [&](auto width) {
+            for (int64_t g = 0; 8 * g < w->out; g++) {
+                const uint64_t word = word_of(column, starts[k + 1] - starts[k], w->bytes - starts[k], width, g);
+                const Eight values = eight_of<width>(word, table_of(w, width), mask);
+                for (int64_t o = 8 * g; o < 8 * g + 8 && o < w->out; o++)
+                    write(dense, k * w->out + o, values[o - 8 * g] * scales[o], type);
+            }
+        });
     }
 }
 
 // the codes [n] of least sum(weights * (target - value)^2), for one column
 void viterbi(const float *target, const float *weights, const float *table, uint8_t *codes, int64_t n, int32_t width,
              int32_t state_bits) {
-    switch (width) {
-        case 1: search<1>(target, weights, table, codes, n, state_bits); break;
-        case 2: search<2>(target, weights, table, codes, n, state_bits); break;
-        case 3: search<3>(target, weights, table, codes, n, state_bits); break;
-        case 4: search<4>(target, weights, table, codes, n, state_bits); break;
-        case 5: search<5>(target, weights, table, codes, n, state_bits); break;
-        default: search<6>(target, weights, table, codes, n, state_bits);
-    }
+    with_width(width, [&](auto w) { search<w>(target, weights, table, codes, n, state_bits); });
 }
 
 }  // extern "C"

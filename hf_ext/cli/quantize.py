@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, help="bits per weight of all parts; a plan then chooses every shape")
     parser.add_argument("--rank", type=int, help="rank of the low-rank term (default: by the size of the matrix)")
     parser.add_argument("--preset", choices=("fast", "quality"), default="fast", help="(default: %(default)s)")
-    parser.add_argument("--decoder", choices=("identity", "pointwise", "context"), default="identity")
+    parser.add_argument(
+        "--decoder",
+        choices=("trellis", "identity", "pointwise", "context"),
+        help="from codes to weights (default: trellis)",
+    )
     parser.add_argument("--low-rank-bits", type=int, choices=(8, 16, 32), default=8)
     parser.add_argument(
         "--calibration", metavar="FILE", help="text to calibrate on, or a folder of *.txt (default: none)"
@@ -139,8 +143,8 @@ def _rows(model: Any, errors: dict[str, float]) -> list[dict[str, Any]]:
         {
             "layer": name,
             "size": f"{layer.out_features} x {layer.in_features}",
-            "code_bits": layer.shape.code_bits,
-            "vector_size": layer.shape.vector_size,
+            "decoder": layer.shape.decoder,
+            "code_bits": layer.shape.bits,
             "rank": layer.shape.rank,
             "bits": round(layer.shape.bits_per_weight(layer.out_features, layer.in_features), 3),
             "error": errors[name],

@@ -53,9 +53,9 @@ def _kinds(rows: Rows) -> list[str]:
 
 
 def _layers(rows: Rows) -> list[str]:
-    heads = "| layer | size | bits a code | weights a code | rank | bits a weight | error |"
+    heads = "| layer | size | decoder | code bits a weight | rank | bits a weight | error |"
     return [heads, "|---" + "|---:" * 6 + "|"] + [
-        f"| {row['layer']} | {row['size']} | {row['code_bits']} | {row['vector_size']} | {row['rank']} | "
+        f"| {row['layer']} | {row['size']} | {row['decoder']} | {row['code_bits']:.3f} | {row['rank']} | "
         f"{row['bits']:.3f} | {row['error']:.4f} |"
         for row in rows
     ]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_ext.kernels.trellis import MAX_WIDTH
 from hf_ext.quant.shape import MatrixShape
 from hf_ext.quant.solve import Effort
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from hf_ext.quant.linear import ReALLMLinear
 
 METHOD = "reallm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # format 1 has no trellis
 
 # windows of calibration, rounds and k-means iterations of the solver
 PRESETS: dict[str, dict[str, int]] = {
@@ -50,9 +52,11 @@ class ReALLMConfig(QuantizationConfigMixin):
         tokenizer: for calibration texts; None takes the one saved beside the model. Not saved.
         windows: calibration windows; None takes the preset's.
         window_length: tokens in each.
-        codebook, group_size, affine, decoder, decoder_bits, low_rank_bits, scale_bits, permute: see `MatrixShape`.
+        codebook, group_size, affine, decoder_bits, low_rank_bits, scale_bits, permute, state_bits: see `MatrixShape`.
+        decoder: see `MatrixShape`; None takes the trellis where one scale a row and no other codebook is asked for.
         feedback, weighting, damping, rounds, kmeans_iterations, seed: see `Effort`; None takes the preset's.
-        row_weights: weigh output rows by the squared gradient of the loss (needs calibration and a backward pass).
+        row_weights: weigh output rows by the squared gradient of the loss, from a backward pass over some of the
+            calibration text.
         modules_to_not_convert: names or suffixes of layers to leave alone, beside the output head.
         shapes, plan: filled in by quantising: the distinct shapes, and each layer's index, rows and columns.
         format_version: of what is saved.
@@ -72,18 +76,19 @@ class ReALLMConfig(QuantizationConfigMixin):
         codebook: str = "kmeans",
         group_size: int = 0,
         affine: bool = False,
-        decoder: str = "identity",
+        decoder: str | None = None,
         decoder_bits: int = 8,
         low_rank_bits: int = 8,
         scale_bits: int = 16,
         permute: bool = True,
+        state_bits: int = 12,
         feedback: bool = True,
         weighting: bool = True,
         damping: float = 0.1,
         rounds: int | None = None,
         kmeans_iterations: int | None = None,
         seed: int = 0,
-        row_weights: bool = False,
+        row_weights: bool = True,
         modules_to_not_convert: list[str] | None = None,
         shapes: list[dict[str, Any]] | None = None,
         plan: dict[str, list[int]] | None = None,
@@ -102,10 +107,10 @@ class ReALLMConfig(QuantizationConfigMixin):
         self._check()
 
     def _check(self) -> None:
-        if self.format_version != FORMAT_VERSION:
+        if self.format_version not in READABLE:
             raise ValueError(
                 f"This model was saved in format {self.format_version!r} of ReALLM; this version of hf_ext reads "
-                f"format {FORMAT_VERSION}. Install the version of hf_ext that saved it."
+                f"formats {READABLE[0]} to {READABLE[-1]}. Install the version of hf_ext that saved it."
             )
         _check_choice("preset", self.preset, tuple(PRESETS))
         if isinstance(self.bits, bool) or not isinstance(self.bits, int | float) or not 1 <= self.bits <= 8:
@@ -126,7 +131,8 @@ class ReALLMConfig(QuantizationConfigMixin):
 
     def shape_for(self, out_features: int, in_features: int) -> MatrixShape:
         """The shape of a matrix of that size where no plan says otherwise."""
-        size = self.vector_size or _vector_size(self.bits, self.codebook)
+        decoder = self._decoder()
+        size = self.vector_size or _vector_size(self.bits, "kmeans" if decoder == "trellis" else self.codebook)
         code_bits = self.bits * size
         if code_bits != int(code_bits):
             raise ValueError(f"bits * vector_size must be a whole number, got {self.bits} * {size} = {code_bits}.")
@@ -136,8 +142,15 @@ class ReALLMConfig(QuantizationConfigMixin):
             size,
             int(code_bits),
             min(rank, smaller),
+            decoder=decoder,
             **{name: getattr(self, name) for name in _SHAPE_OPTIONS},
         )
+
+    def _decoder(self) -> str:
+        if self.decoder is not None:
+            return self.decoder
+        plain = self.codebook == "kmeans" and not self.group_size and not self.affine and self.vector_size is None
+        return "trellis" if plain and self.bits <= MAX_WIDTH else "identity"
 
     def effort(self) -> Effort:
         """How hard the solver tries."""
@@ -190,9 +203,8 @@ class ReALLMConfig(QuantizationConfigMixin):
         return ReALLMConfig(**self.to_dict(), calibration=self.calibration, tokenizer=self.tokenizer)
 
 
-_SHAPE_OPTIONS = tuple(
-    field.name for field in fields(MatrixShape) if field.name not in ("vector_size", "code_bits", "rank")
-)
+_CHOSEN = ("vector_size", "code_bits", "rank", "decoder", "rates")  # for each matrix
+_SHAPE_OPTIONS = tuple(field.name for field in fields(MatrixShape) if field.name not in _CHOSEN)
 _OPTIONS = tuple(
     name
     for name in ReALLMConfig.__init__.__code__.co_varnames[1 : ReALLMConfig.__init__.__code__.co_argcount]

@@ -5,13 +5,16 @@ low-rank term of ReALLM (arXiv 2405.13155). Parts are plain tensors by name, as 
 
 ``qweight`` uint8, ``codebook`` ``[K, d]``, ``scales`` and ``zeros`` ``[out, groups]``, ``perm`` ``[in]``, ``decoder``
 uint8 with ``decoder_steps``, ``lr_a`` ``[r, in]``, ``lr_b`` ``[out, r]`` and, for int8 factors, ``lr_scale`` ``[r]``.
+Of a trellis ``qweight`` is the stream of all columns ``[bytes]``; its tables are computed and not stored.
 """
 
 import torch
 from torch import Tensor
 
+from hf_ext.kernels import trellis
 from hf_ext.kernels.codebook import CodebookWeight, decode, scale_groups, to_columns
 from hf_ext.kernels.pack import packed_bytes, unpack
+from hf_ext.kernels.trellis import TrellisWeight
 from hf_ext.quant.decoder import (
     CONTEXT_HIDDEN,
     POINTWISE_HIDDEN,
@@ -22,6 +25,7 @@ from hf_ext.quant.decoder import (
 )
 from hf_ext.quant.low_rank import restore_low_rank
 from hf_ext.quant.shape import MatrixShape, index_bytes
+from hf_ext.quant.trellis import column_widths
 
 Parts = dict[str, Tensor]
 
@@ -31,15 +35,15 @@ def empty_parts(shape: MatrixShape, out_features: int, in_features: int, device:
     groups = shape.groups(in_features)
     scale_type = torch.float16 if shape.scale_bits == 16 else torch.float32
     parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "qweight": ((out_features, packed_bytes(-(-in_features // shape.vector_size), shape.code_bits)), torch.uint8),
+        "qweight": (shape.packed_size(out_features, in_features), torch.uint8),
         "scales": ((out_features, groups), scale_type),
     }
     if shape.affine:
         parts["zeros"] = ((out_features, groups), scale_type)
-    if shape.decoder != "pointwise":
+    if shape.decoder not in ("pointwise", "trellis"):
         learned = shape.codebook == "kmeans"
         parts["codebook"] = ((2**shape.code_bits, shape.vector_size), torch.float16 if learned else torch.float32)
-    if shape.decoder != "identity":
+    if shape.decoder not in ("identity", "trellis"):
         shapes = stored_decoder_shapes(shape)
         numbers = sum(torch.Size(tensor).numel() for tensor in shapes)
         parts["decoder"] = ((packed_bytes(numbers, shape.decoder_bits),), torch.uint8)
@@ -92,8 +96,24 @@ def codebook_weight(
     )
 
 
+def trellis_weight(parts: Parts, shape: MatrixShape, in_features: int, low_rank: bool = True) -> TrellisWeight:
+    """The parts of a trellis as the kernels take them."""
+    widths = column_widths(shape.column_rates(in_features)).to(parts["qweight"].device)
+    factors = ("lr_a", "lr_b", "lr_scale") if low_rank else ()
+    return TrellisWeight(
+        parts["qweight"],
+        widths,
+        parts["scales"],
+        shape.state_bits,
+        parts.get("perm"),
+        *(parts.get(name) for name in factors),
+    )
+
+
 def dense_quantized(parts: Parts, shape: MatrixShape, in_features: int, dtype: torch.dtype) -> Tensor:
     """The dense weight ``[out, in]`` without the low-rank term."""
+    if shape.decoder == "trellis":
+        return trellis.decode(trellis_weight(parts, shape, in_features, low_rank=False), dtype)
     if shape.decoder != "context":
         return decode(codebook_weight(parts, shape, in_features, low_rank=False), dtype)
     values = context_values(parts, shape, in_features)[:, :in_features]

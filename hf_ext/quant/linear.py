@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.kernels.codebook import CodebookWeight, codebook_linear, low_rank_product
-from hf_ext.quant.container import Parts, codebook_weight, dense_quantized, empty_parts
+from hf_ext.kernels.trellis import TrellisWeight, column_slices, trellis_linear
+from hf_ext.quant.container import Parts, codebook_weight, dense_quantized, empty_parts, trellis_weight
 from hf_ext.quant.low_rank import restore_low_rank, store_low_rank
 from hf_ext.quant.shape import MatrixShape
 
 DECODE_MODES = ("on_the_fly", "once", "low_memory")
 LOW_RANK_PARTS = ("lr_a", "lr_b", "lr_scale")
-LOW_MEMORY_ROWS = 256  # rows of the weight that the low-memory mode decodes at a time
+LOW_MEMORY_ROWS = 256  # rows of the weight, or columns of a trellis, that the low-memory mode decodes at a time
 
 
 class ReALLMLinear(nn.Linear):
@@ -40,7 +41,7 @@ class ReALLMLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.shape = in_features, out_features, shape
         self._decode_mode = "once" if shape.decoder == "context" else "on_the_fly"
-        self._kernel: CodebookWeight | None = None
+        self._kernel: CodebookWeight | TrellisWeight | None = None
         self._dense: Tensor | None = None
         self._is_hf_initialized = True  # the host must not draw random weights for it
         for name, part in empty_parts(shape, out_features, in_features, device).items():
@@ -51,7 +52,7 @@ class ReALLMLinear(nn.Linear):
     @classmethod
     def from_parts(cls, parts: Parts, shape: MatrixShape, in_features: int, bias: Tensor | None = None) -> Self:
         """A layer around parts that the solver made; ``bias`` is taken over as it is."""
-        layer = cls(in_features, len(parts["qweight"]), shape, device="meta")
+        layer = cls(in_features, len(parts["scales"]), shape, device="meta")
         for name, part in parts.items():
             layer._buffers[name] = part
         if bias is not None:
@@ -92,20 +93,19 @@ class ReALLMLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in]`` to ``[..., out]``, in the type of ``x``."""
         if self._decode_mode == "on_the_fly":
-            return codebook_linear(x, self.kernel(), self.bias)
-        if self._decode_mode == "once":
-            y = nn.functional.linear(x, self._decoded(x.dtype))
-        else:
-            y = torch.cat([codebook_linear(x, part) for part in self._slices()], dim=-1)
+            return _linear(x, self.kernel(), self.bias)
+        once = self._decode_mode == "once"
+        y = nn.functional.linear(x, self._decoded(x.dtype)) if once else self._in_slices(x)
         whole = self.kernel()
         if whole.lr_a is not None and whole.lr_b is not None:
             y = y + low_rank_product(x, whole.lr_a, whole.lr_b, whole.lr_scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def kernel(self) -> CodebookWeight:
+    def kernel(self) -> CodebookWeight | TrellisWeight:
         """The parts as the kernels take them, prepared once."""
         if self._kernel is None or self._kernel.qweight is not self.qweight:
-            self._kernel = codebook_weight(self.parts, self.shape, self.in_features)
+            make = trellis_weight if self.shape.decoder == "trellis" else codebook_weight
+            self._kernel = make(self.parts, self.shape, self.in_features)
         return self._kernel
 
     def set_low_rank(self, lr_a: Tensor | None, lr_b: Tensor | None, bits: int = 32) -> None:
@@ -149,9 +149,15 @@ class ReALLMLinear(nn.Linear):
     def _quantized(self, dtype: torch.dtype) -> Tensor:
         return dense_quantized(self.parts, self.shape, self.in_features, dtype)
 
-    def _slices(self) -> list[CodebookWeight]:
-        """The weight by groups of rows, without its low-rank term."""
+    def _in_slices(self, x: Tensor) -> Tensor:
+        """``x`` times the weight without its low-rank term, by groups of rows, of a trellis by groups of columns."""
         whole = self.kernel()
+        if isinstance(whole, CodebookWeight):
+            return torch.cat([codebook_linear(x, part) for part in self._row_slices(whole)], dim=-1)
+        parts = column_slices(whole, LOW_MEMORY_ROWS)
+        return torch.stack([trellis_linear(x.index_select(-1, columns), part) for columns, part in parts]).sum(0)
+
+    def _row_slices(self, whole: CodebookWeight) -> list[CodebookWeight]:
         return [
             CodebookWeight(
                 whole.qweight[at : at + LOW_MEMORY_ROWS],
@@ -187,6 +193,12 @@ class ReALLMLinear(nn.Linear):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._forget()
+
+
+def _linear(x: Tensor, weight: CodebookWeight | TrellisWeight, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, TrellisWeight):
+        return trellis_linear(x, weight, bias)
+    return codebook_linear(x, weight, bias)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, ReALLMLinear]:

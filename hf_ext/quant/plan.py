@@ -7,17 +7,23 @@ are nearly normal), and bytes go, one upgrade at a time, to where they buy most.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
+from hf_ext.quant import trellis
 from hf_ext.quant.codebook import kmeans, nearest
 from hf_ext.quant.shape import MatrixShape
 
 # (vector size, code bits): every rate from 1.5 to 4 bits a weight that decodes fast
 LATTICE = ((4, 6), (4, 7), (4, 8), (3, 7), (2, 5), (3, 8), (2, 6), (2, 7), (2, 8))
+# quarters of a bit from 1.5 to 5, for a trellis
+QUARTERS = tuple((4, quarters) for quarters in range(6, 21))
 RANKS = (0, 2, 4, 8, 16)
+# Predicted losses say that a trellis needs no low-rank term. On text that is not the calibration text it does: without
+# one, queries and keys lose 4 to 16 times as much, all of it in one or two directions.
+TRELLIS_RANKS = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,20 @@ class MatrixProfile:
 
     def loss(self, shape: MatrixShape) -> float:
         """Predicted loss: the columns that the low-rank term takes over are free, the others cost the distortion."""
-        return (
-            0.5
-            * self.energy
-            * distortion(shape.vector_size, shape.code_bits)
-            * float(self.columns[shape.rank :].sum())
-        )
+        if shape.decoder != "trellis":
+            left = distortion(shape.vector_size, shape.code_bits) * (self._before[-1] - self._before[shape.rank])
+            return 0.5 * self.energy * left
+        left, at = 0.0, 0
+        for width in range(len(shape.rates), 0, -1):
+            begin, at = max(at, shape.rank), at + shape.rates[width - 1]
+            if at > begin:
+                left += trellis.distortion(width, shape.state_bits) * (self._before[at] - self._before[begin])
+        return 0.5 * self.energy * left
+
+    @cached_property
+    def _before(self) -> list[float]:
+        """What all columns before each one cost together."""
+        return [0.0, *self.columns.double().cumsum(0).tolist()]
 
     def nbytes(self, shape: MatrixShape) -> int:
         """Bytes of all parts."""
@@ -62,12 +76,17 @@ def distortion(vector_size: int, code_bits: int) -> float:
 def candidates(base: MatrixShape, profile: MatrixProfile) -> list[MatrixShape]:
     """The shapes worth considering for a matrix, by bytes: the lower convex hull of predicted loss."""
     most = min(profile.out_features, profile.in_features)
-    shapes = [
-        replace(base, vector_size=size, code_bits=bits, rank=rank)
-        for size, bits in LATTICE
-        for rank in RANKS
-        if rank <= most and base.group_size % size == 0
-    ]
+    ranks = RANKS
+    if base.decoder == "trellis":
+        kinds = [replace(base, vector_size=size, code_bits=bits) for size, bits in QUARTERS]
+        kinds = [replace(kind, rates=_rates(kind, profile)) for kind in kinds]
+        ranks = TRELLIS_RANKS
+    else:
+        kinds = [
+            replace(base, vector_size=size, code_bits=bits) for size, bits in LATTICE if base.group_size % size == 0
+        ]
+    fitting = [rank for rank in ranks if rank <= most] or [most]
+    shapes = [replace(kind, rank=rank) for kind in kinds for rank in fitting]
     return _hull(sorted(shapes, key=lambda shape: (profile.nbytes(shape), profile.loss(shape))), profile)
 
 
@@ -94,6 +113,10 @@ def make_plan(profiles: Mapping[str, MatrixProfile], base: MatrixShape, budget: 
         if chosen[name] == step and spent + extra <= allowed:
             chosen[name], spent = step + 1, spent + extra
     return {name: hulls[name][step] for name, step in chosen.items()}
+
+
+def _rates(shape: MatrixShape, profile: MatrixProfile) -> tuple[int, ...]:
+    return trellis.allocate(profile.columns, shape.bits, shape.state_bits)
 
 
 def _gain(profile: MatrixProfile, small: MatrixShape, large: MatrixShape) -> float:

@@ -5,12 +5,14 @@ produce, so that each block also corrects for the errors of the earlier ones; th
 and its outputs computed anew. Only hidden states, one block's statistics and the model itself are held.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,7 +29,7 @@ from hf_ext.quant.feedback import curvature
 from hf_ext.quant.linear import ReALLMLinear
 from hf_ext.quant.plan import MatrixProfile, make_plan
 from hf_ext.quant.shape import MatrixShape
-from hf_ext.quant.solve import solve
+from hf_ext.quant.solve import Solution, solve
 
 SURVEY_WINDOWS = 4  # windows from which a plan and the row weights are made
 SURVEY_LENGTH = 512  # tokens of each: a backward pass through the whole model costs memory
@@ -152,11 +154,22 @@ def _profiles(
     for name, hessian in _hessians(layers, path, blocks, stream):
         weight = layers[name].weight.detach().float()
         importance = rows.get(name, torch.ones(len(weight)))
-        energy = float((importance * weight.square().mean(1)).sum())
+        energy = _energy(importance * weight.square().mean(1), config)
         perm = hessian.diagonal().argsort(descending=True)
         columns = curvature(hessian, config.damping, perm).column_weights.sort(descending=True).values
         profiles[name] = MatrixProfile(weight.shape[0], weight.shape[1], energy, columns)
     return {name: profiles[name] for name in layers}
+
+
+def _energy(rows: Tensor, config: ReALLMConfig) -> float:
+    """What an error of all scaled weights costs, where one of each row costs ``rows``.
+
+    A trellis whose search knows these moves its errors to where they cost little: then rows count by their geometric
+    mean, which is what reverse water-filling over them would reach.
+    """
+    if config.row_weights and config.shape_for(2**15, 2**15).decoder == "trellis":
+        return len(rows) * float(rows.clamp_min(1e-6 * rows.mean()).log().mean().exp())
+    return float(rows.sum())
 
 
 def _hessians(
@@ -188,24 +201,29 @@ def _replace(
     layer = model.get_submodule(name)
     kept = _kept_file(name, progress)
     if kept is not None and kept.exists():
-        parts = load_file(kept)
+        parts, known = load_file(kept), _kept_shape(kept)
         progress.errors[name] = float(parts.pop("error"))
-        known = MatrixShape(**{**shape.to_dict(), "permute": "perm" in parts})
-        known = MatrixShape(**{**known.to_dict(), "rank": len(parts["lr_a"]) if "lr_a" in parts else 0})
     else:
         solution = solve(layer.weight.cpu(), shape, hessian, rows, config.effort())
         parts, known, progress.errors[name] = solution.parts, solution.shape, solution.error
         if kept is not None:
-            _keep(kept, parts, solution.error)
+            _keep(kept, solution)
     parts = {part: tensor.to(layer.weight.device) for part, tensor in parts.items()}
     model.set_submodule(name, ReALLMLinear.from_parts(parts, known, layer.in_features, layer.bias))
 
 
-def _keep(file: Path, parts: Mapping[str, Tensor], error: float) -> None:
+def _keep(file: Path, solution: Solution) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".new")
-    save_file({**{name: part.contiguous() for name, part in parts.items()}, "error": torch.tensor(error)}, unfinished)
+    tensors = {name: part.contiguous() for name, part in solution.parts.items()}
+    shape = {"shape": json.dumps(solution.shape.to_dict())}
+    save_file({**tensors, "error": torch.tensor(solution.error)}, unfinished, shape)
     unfinished.replace(file)
+
+
+def _kept_shape(file: Path) -> MatrixShape:
+    with safe_open(file, "pt") as opened:
+        return MatrixShape.from_dict(json.loads(opened.metadata()["shape"]))
 
 
 def _kept_file(name: str, progress: Progress) -> Path | None:

@@ -11,14 +11,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hf_ext.kernels import trellis
 from hf_ext.kernels.codebook import scale_groups, to_columns
 from hf_ext.kernels.pack import pack, unpack
 from hf_ext.quant.codebook import fixed_codebook, kmeans
-from hf_ext.quant.container import Parts, codewords, context_values, index_type, stored_decoder_shapes
+from hf_ext.quant.container import (
+    Parts,
+    codewords,
+    context_values,
+    index_type,
+    stored_decoder_shapes,
+    trellis_weight,
+)
 from hf_ext.quant.decoder import fit_context, fit_pointwise, restore, store, tabulate
 from hf_ext.quant.feedback import Curvature, curvature, quantize_rows
 from hf_ext.quant.low_rank import restore_low_rank, store_low_rank, whitened_low_rank
 from hf_ext.quant.shape import MatrixShape
+from hf_ext.quant.trellis import allocate, encode_columns
 
 WEIGHT_CLAMP = 20.0  # a column counts at most this many times the mean in k-means: a few outlier channels else own it
 
@@ -81,9 +90,12 @@ def solve(
     if shape.permute and hessian is not None:
         perm = hessian.diagonal().argsort(descending=True, stable=True)
     bend = None if hessian is None else curvature(hessian, effort.damping, perm)
+    if shape.decoder == "trellis" and not shape.rates:
+        shape = replace(shape, rates=_rates(shape, weight.shape[1], bend, effort))
     seen = None if bend is None else bend.hessian
     ordered = weight if perm is None else weight[:, perm]
-    best, least, table = None, float("inf"), None
+    best, least = None, float("inf")
+    table: Tensor | None = None
     low_rank = torch.zeros_like(ordered)
     for number in range(effort.rounds):
         parts, table = _quantize(ordered - low_rank, shape, bend, rows, effort, table, number)
@@ -92,20 +104,20 @@ def solve(
             factors = whitened_low_rank(residual, seen, rows, shape.rank)
             parts |= store_low_rank(*factors, shape.low_rank_bits)
             low_rank = _product(parts)
-        loss = _loss(residual - low_rank, seen, rows)
+        loss = squared_error(residual - low_rank, seen, rows)
         if loss >= least:
             break
         best, least = parts, loss
         if not shape.rank:
             break  # without a low-rank term another round would only repeat this one
     assert best is not None
-    return Solution(_to_file_order(best, perm), shape, least / max(_loss(ordered, seen, rows), 1e-30))
+    return Solution(_to_file_order(best, perm), shape, least / max(squared_error(ordered, seen, rows), 1e-30))
 
 
 def relative_error(weight: Tensor, stored: Tensor, hessian: Tensor | None, rows: Tensor | None = None) -> float:
     """``|F^(1/2) (W - stored) H^(1/2)|^2`` over the same of ``W`` itself; 0 is exact, 1 as bad as nothing."""
     gap = weight.float() - stored.float()
-    return _loss(gap, hessian, rows) / max(_loss(weight.float(), hessian, rows), 1e-30)
+    return squared_error(gap, hessian, rows) / max(squared_error(weight.float(), hessian, rows), 1e-30)
 
 
 def _quantize(
@@ -116,9 +128,11 @@ def _quantize(
     effort: Effort,
     start: Tensor | None,
     number: int,
-) -> tuple[Parts, Tensor]:
+) -> tuple[Parts, Tensor | None]:
     """One pass of the quantiser: the parts of ``target`` (columns in stored order) and its codebook, to go on from."""
     scales, zeros = _scales(target, shape)
+    if shape.decoder == "trellis":
+        return _quantize_trellis(target, shape, scales, bend, rows, effort), None
     fine_scales = _spread(scales, target, shape)
     fine_zeros = torch.zeros_like(target) if zeros is None else _spread(zeros, target, shape)
     if shape.codebook == "kmeans":
@@ -140,6 +154,29 @@ def _quantize(
     if shape.codebook == "kmeans" and scales.shape[1] == 1 and zeros is None:
         parts["scales"] = _refit(target, _unscaled(parts, shape, target.shape[1]), scales, bend)
     return parts, table
+
+
+def _quantize_trellis(
+    target: Tensor,
+    shape: MatrixShape,
+    scales: Tensor,
+    bend: Curvature | None,
+    rows: Tensor | None,
+    effort: Effort,
+) -> Parts:
+    factor = bend.factor if bend is not None and effort.feedback else None
+    counts = torch.ones(len(target)) if rows is None else rows
+    stream = encode_columns(target, scales, counts, shape.rates, shape.state_bits, factor)
+    parts = {"qweight": stream, "scales": scales}
+    parts["scales"] = _refit(target, _unscaled(parts, shape, target.shape[1]), scales, bend)
+    return parts
+
+
+def _rates(shape: MatrixShape, columns: int, bend: Curvature | None, effort: Effort) -> tuple[int, ...]:
+    """Bits for every column by what its errors cost."""
+    if bend is None or not effort.weighting:
+        return shape.column_rates(columns)
+    return allocate(bend.column_weights, shape.bits, shape.state_bits)
 
 
 def _scales(target: Tensor, shape: MatrixShape) -> tuple[Tensor, Tensor | None]:
@@ -241,6 +278,9 @@ def _unscaled(parts: Parts, shape: MatrixShape, in_features: int) -> Tensor:
     """Decoded values in stored order, before scaling."""
     if shape.decoder == "context":
         return context_values(parts, shape, in_features)[:, :in_features]
+    if shape.decoder == "trellis":
+        weight = trellis_weight(parts, shape, in_features, low_rank=False)
+        return trellis.decode(replace(weight, scales=torch.ones(len(parts["scales"]), 1)))
     codes = unpack(parts["qweight"], shape.code_bits, -(-in_features // shape.vector_size))
     return codewords(parts, shape)[codes.long()].flatten(1)[:, :in_features]
 
@@ -257,8 +297,8 @@ def _product(parts: Parts) -> Tensor:
     return factors[1] @ factors[0]
 
 
-def _loss(gap: Tensor, hessian: Tensor | None, rows: Tensor | None) -> float:
-    """``sum_r rows_r gap_r H gap_r^T``."""
+def squared_error(gap: Tensor, hessian: Tensor | None, rows: Tensor | None) -> float:
+    """``sum_r rows_r gap_r H gap_r^T`` for a gap between two weights ``[out, in]``."""
     per_row = ((gap if hessian is None else gap @ hessian) * gap).sum(1)
     return float((per_row if rows is None else per_row * rows).double().sum())
 

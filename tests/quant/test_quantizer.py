@@ -45,6 +45,7 @@ def quantized(plain, tmp_path_factory):
         {"bits": 3, "rank": 2, "dtype": torch.bfloat16},
         {"bits": 3, "rank": 2, "dtype": torch.float16},
         {"bits": 2, "rank": 4, "low_rank_bits": 8, **CALIBRATED},
+        {"bits": 2.5, "rank": 4, "decoder": "identity", **CALIBRATED},
         {"budget": 4.6, **CALIBRATED},
         {"bits": 4, "codebook": "nf4", "group_size": 16, "scale_bits": 32, "rank": 0},
         {"bits": 3, "codebook": "uniform", "affine": True, "group_size": 16, "rank": 0},
@@ -147,6 +148,19 @@ def test_a_device_map_works_and_the_disk_is_refused(plain, quantized):
         load(quantized, device_map={"model": "cpu", "lm_head": "disk"})
 
 
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_sharded_checkpoint_is_quantised_on_a_device_map(tmp_path, device_map, calibrated):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "plain", max_shard_size="40KB")
+    assert len(list((tmp_path / "plain").glob("*.safetensors"))) > 2
+    config = ReALLMConfig(bits=2, rank=2, **(CALIBRATED if calibrated else {}))
+    model = load(tmp_path / "plain", quantization_config=config, device_map=device_map)
+    assert model.dtype == torch.bfloat16 and len(quantized_layers(model)) == 28
+    model.save_pretrained(tmp_path / "saved")
+    batch = ragged_batch([9, 4])
+    assert torch.equal(load(tmp_path / "saved", device_map=device_map)(**batch).logits, model(**batch).logits)
+
+
 def test_dequantising_gives_a_plain_model(quantized, tmp_path):
     model = load(quantized)
     expected = model(**ragged_batch([5])).logits
@@ -236,11 +250,15 @@ def edited(folder, tmp_path, change):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda q: q.update(format_version=2), "saved in format 2 of ReALLM; this version of hf_ext reads format 1"),
+        (
+            lambda q: q.update(format_version=9),
+            "saved in format 9 of ReALLM; this version of hf_ext reads formats 1 to 2",
+        ),
         (lambda q: q.update(plan=None), "holds no plan"),
         (lambda q: q.update(shapes=[]), "does not fit the shapes"),
         (lambda q: q.update(new_option=1), "ReALLMConfig has no option 'new_option'"),
-        (lambda q: q["shapes"][0].update(vector_size=3), "mismatched"),
+        (lambda q: q["shapes"][0].update(rates=[0, 64, 0, 0, 0, 0]), "mismatched"),
+        (lambda q: q["shapes"][0].update(rates=[0, 0, 63, 0, 0, 0]), "rates of 63 columns for a matrix of 64"),
     ],
 )
 def test_a_config_of_another_version_is_refused(quantized, tmp_path, change, sentence):

@@ -74,7 +74,7 @@ def test_plain_vector_quantisation_takes_the_nearest_codeword_of_its_book():
     assert (scale > 0).all()
 
 
-@pytest.mark.parametrize("decoder", ["identity", "pointwise", "context"])
+@pytest.mark.parametrize("decoder", ["identity", "pointwise", "context", "trellis"])
 @pytest.mark.parametrize("out, columns", [(48, 96), (7, 33)])
 @pytest.mark.parametrize("data", [False, True])
 def test_the_error_told_is_that_of_what_is_stored(decoder, out, columns, data):
