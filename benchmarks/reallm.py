@@ -27,7 +27,7 @@ from _run import Report
 from _texts import read_text
 
 USELESS = 1000  # a perplexity from which on no second text is worth measuring
-ROUNDING = {"codebook": "uniform", "affine": True, "group_size": 64, "permute": False, "rank": 0}
+ROUNDING = {"codebook": "uniform", "affine": True, "group_size": 64, "permute": False, "rank": 0, "row_weights": False}
 
 # method -> options of ReALLMConfig; "calibrated" is replaced by the calibration text
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -43,12 +43,12 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "quanto int2": None,
     "GPTQ-4": {"bits": 4, **ROUNDING, "calibrated": True},
     "GPTQ-3": {"bits": 3, **ROUNDING, "calibrated": True},
-    "reallm-3": {"budget": 3.25, "rounds": 3, "calibrated": True},
-    "reallm-2": {"budget": 2.45, "rounds": 3, "calibrated": True},
-    "reallm-3 one shape": {"bits": 3, "rank": 10, "calibrated": True},
-    "reallm-2 one shape": {"bits": 2, "rank": 16, "calibrated": True},
-    "reallm-3 one shape, quality": {"bits": 3, "rank": 10, "rounds": 3, "calibrated": True},
-    "reallm-2 one shape, quality": {"bits": 2, "rank": 16, "rounds": 3, "calibrated": True},
+    "reallm-3": {"budget": 3.3, "calibrated": True},
+    "reallm-2": {"budget": 2.5, "calibrated": True},
+    "reallm-3 one shape": {"bits": 3, "rank": 4, "calibrated": True},
+    "reallm-2 one shape": {"bits": 2, "rank": 4, "calibrated": True},
+    "reallm-3 k-means": {"budget": 3.3, "decoder": "identity", "calibrated": True},
+    "reallm-2 k-means": {"budget": 2.5, "decoder": "identity", "calibrated": True},
     "reallm-4": {"bits": 4, "rank": 2, "calibrated": True},
     "reallm-3 data-free": {"bits": 3, "rank": 4},
     # what each ingredient buys, at 3 bits and one shape
@@ -57,7 +57,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "3 bits: no weighting": {"bits": 3, "rank": 4, "weighting": False, "calibrated": True},
     "3 bits: no permutation": {"bits": 3, "rank": 4, "permute": False, "calibrated": True},
     "3 bits: two rounds": {"bits": 3, "rank": 4, "rounds": 2, "calibrated": True},
-    "3 bits: row weights": {"bits": 3, "rank": 4, "row_weights": True, "calibrated": True},
+    "3 bits: all rows alike": {"bits": 3, "rank": 4, "row_weights": False, "calibrated": True},
+    "3 bits: k-means": {"bits": 3, "rank": 4, "decoder": "identity", "calibrated": True},
     "3 bits: pointwise decoder": {"bits": 3, "rank": 4, "decoder": "pointwise", "calibrated": True},
     "3 bits: context decoder": {"bits": 3, "rank": 4, "decoder": "context", "calibrated": True},
 }
@@ -81,7 +82,9 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments)))
         return
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("one", "only", "work", "report")}
+    settings = {
+        name: value for name, value in vars(arguments).items() if name not in ("one", "only", "work", "report")
+    }
     settings["calibration"] = Path(arguments.calibration).name
     settings["text"] = [Path(text).stem for text in arguments.text]
     report = Report(arguments.report, settings)
@@ -117,6 +120,7 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from hf_ext.default_model import resolve_model
 
     before = time.perf_counter()
+    interrupted = _layers(_place(method, arguments)).exists()
     model, linear, whole_file = _load(method, arguments)
     seconds = time.perf_counter() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -126,7 +130,7 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "bits_linear": round(linear, 3),
         "bits_file": None if whole_file is None else round(whole_file, 3),
         **_perplexities(model, tokenizer, arguments),
-        "load_and_quantise_s": round(seconds, 1),
+        "load_and_quantise_s": None if interrupted else round(seconds, 1),
         "peak_mib": round(peak),
         "threads": torch.get_num_threads(),
     }
@@ -151,14 +155,23 @@ def _reallm(options: dict[str, Any], arguments: argparse.Namespace, folder: Path
     from hf_ext.default_model import load_model
     from hf_ext.quant.integrity import bits_on_disk
     from hf_ext.quant.linear import set_decode_mode
+    from hf_ext.quant.quantize import Progress
+    from hf_ext.quant.quantizer import quantize_in_place
 
     if options.pop("calibrated", False):
         options |= {"calibration": arguments.calibration, "windows": arguments.calibration_windows}
-    model, _ = load_model(arguments.model, quantization_config=ReALLMConfig(**options))
+    model, tokenizer = load_model(arguments.model)
+    config = ReALLMConfig(**options, tokenizer=tokenizer)
+    quantize_in_place(model, config, Progress(folder=_layers(folder), show=sys.stderr.isatty()))
     model.save_pretrained(folder)
     bits = bits_on_disk(folder)
     set_decode_mode(model, "once")
     return model, bits["linear"], bits["whole_file"]
+
+
+def _layers(folder: Path) -> Path:
+    """Where solved layers are kept until the row is done."""
+    return folder.with_name(folder.name + ".layers")
 
 
 def _perplexities(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, float]:
