@@ -118,7 +118,7 @@ def test_the_compiled_search_is_the_reference(width, state_bits, monkeypatch):
 
 def test_two_bits_leave_less_error_than_any_scalar_or_short_vector_quantiser():
     source = torch.randn(2000, generator=torch.Generator().manual_seed(0))
-    for width, most in ((1, 0.30), (2, 0.080), (3, 0.0225)):  # k-means in 4 dimensions leaves about 0.098 at 2 bits
+    for width, most in ((1, 0.31), (2, 0.085), (3, 0.0235)):  # k-means in 4 dimensions leaves about 0.1 at 2 bits
         codes = viterbi(source, torch.ones(2000), width, 10)
         values = trellis_tables(10)[width - 1][states_of(codes[None], width, 10)[0]]
         assert (source - values).square().mean() < most
