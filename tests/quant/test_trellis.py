@@ -52,7 +52,7 @@ def test_the_squares_of_corrected_errors_are_the_loss():
     torch.testing.assert_close(loss, whitened.square().sum(), rtol=1e-4, atol=0)
     plain = encode_columns(target, scales, torch.ones(24), rates, 8, None)
     worse = (target - decode_reference(TrellisWeight(plain, column_widths(rates), scales, 8))).double()
-    assert loss < 0.8 * ((worse @ bend.hessian.double()) * worse).sum()
+    assert loss < 0.9 * ((worse @ bend.hessian.double()) * worse).sum()
 
 
 def test_rows_that_count_more_get_smaller_errors():
