@@ -29,22 +29,24 @@ def window_scores(
     """
     batch, query_heads, window, _ = query.shape
     heads, n = keys.shape[1:3]
-    slot = torch.arange(n, device=keys.device)
+    slot, group = torch.arange(n, device=keys.device), query_heads // heads
     k = keys.float().transpose(-1, -2)
     total = keys.new_zeros(batch, heads if per_head else 1, n, dtype=torch.float32)
     for begin in range(0, window, ROWS):
         rows = query[:, :, begin : begin + ROWS].float()
-        at = n - window + begin + torch.arange(rows.shape[2], device=keys.device)
-        visible = (slot <= at[:, None]) & (slot >= first[:, None, None])
-        q = rows.unflatten(1, (heads, query_heads // heads)).flatten(2, 3) * scaling
-        scores = (q @ k).unflatten(2, (query_heads // heads, rows.shape[2]))
+        end = n - window + begin + rows.shape[2]  # no query of this block sees a later key
+        at = torch.arange(end - rows.shape[2], end, device=keys.device)
+        visible = (slot[:end] <= at[:, None]) & (slot[:end] >= first[:, None, None])
+        q = rows.unflatten(1, (heads, group)).flatten(2, 3) * scaling
+        scores = (q @ k[..., :end]).unflatten(2, (group, rows.shape[2]))
         weights = scores.masked_fill_(~visible[:, None, None], float("-inf")).softmax(-1)
         counted = (at >= first[:, None]).float()
         if row_weights is not None:
             counted = counted * row_weights[begin : begin + ROWS].to(counted)
         weights = torch.nan_to_num(weights)
-        total += torch.einsum("bhrwn,bw->bhn" if per_head else "bhrwn,bw->bn", weights, counted).view_as(total)
-    return total / (query_heads // heads if per_head else query_heads)
+        drawn = torch.einsum("bhrwn,bw->bhn" if per_head else "bhrwn,bw->bn", weights, counted)
+        total[..., :end] += drawn if per_head else drawn[:, None]
+    return total / (group if per_head else query_heads)
 
 
 def smooth(scores: Tensor, kernel: int, how: str = "avg") -> Tensor:

@@ -15,6 +15,7 @@ from hf_ext.caches.config import CacheConfig
 from hf_ext.caches.forward import Forward
 from hf_ext.caches.layer import HfExtLayer
 from hf_ext.caches.row_state import RowState
+from hf_ext.caches.support import layer_types
 
 
 class HfExtCache(RowState, Cache):
@@ -39,7 +40,7 @@ class HfExtCache(RowState, Cache):
         self.config = config
         self.committed = 0
         self.record_past = False
-        self.model_signature = _signature(text_config)
+        self.model_signature = _signature(text_config, layer_types(text_config))
         self._forward: Forward | None = None
         self._sums: list[Tensor] = []  # of this forward's keys and values: finite if and only if they are
         self._host_layers: list[tuple[Any, dict[str, Any]]] = []
@@ -59,13 +60,19 @@ class HfExtCache(RowState, Cache):
         """Tokens stored per row in the layer that stores most."""
         return max(layer.stored for layer in self.own_layers)
 
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch, or None while nothing is stored."""
+        keys = self.own_layers[0].keys
+        return None if keys is None or keys.dim() != 4 else len(keys)
+
     # --- what the hooks tell -------------------------------------------------------------------------------------
 
     def begin_forward(self, forward: Forward) -> None:
         """Take note of a forward that is about to start, and undo one that was interrupted.
 
         Raises:
-            ValueError: the cache was made for another model.
+            ValueError: the cache was made for another model, or holds another number of rows.
         """
         if self._decoder is None:
             self._decoder = weakref.ref(forward.decoder)
@@ -74,6 +81,7 @@ class HfExtCache(RowState, Cache):
                 f"this {type(self).__name__} was made for another model; make one with make_cache(model)."
             )
         self.undo_interrupted()
+        forward.check_rows(self.rows)
         self._forward, self._sums = forward, []
         host = [layer for layer in self.layers if not isinstance(layer, HfExtLayer)]
         self._host_layers = [(layer, dict(vars(layer))) for layer in host]
@@ -237,8 +245,10 @@ class HfExtCache(RowState, Cache):
         return {**vars(self), "_decoder": None, "_forward": None, "_sums": [], "_host_layers": []}
 
 
-def _signature(config: Any) -> str:
+def _signature(config: Any, types: list[str]) -> str:
     """The shape of a model's keys and values, and its tokens, in words."""
+    sharing = [layer for layer, kind in enumerate(types) if kind == "dummy"]
+    shared = f" ({', '.join(map(str, sharing))} sharing those of others)" if sharing else ""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return f"{config.num_hidden_layers} layers of {heads} heads of {width}, {config.vocab_size} tokens"
+    return f"{config.num_hidden_layers} layers{shared} of {heads} heads of {width}, {config.vocab_size} tokens"

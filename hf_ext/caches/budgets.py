@@ -104,12 +104,17 @@ def generation_keep(layer: int, layers: int, block: int = 16, ratio: float = 0.9
     return max(int(block * ratio * share), 1)
 
 
-def linear_budgets(average: int, layers: int, beta: float = 20.0, least: int = 1) -> list[int]:
+def linear_budgets(
+    average: int, layers: int, beta: float = 20.0, least: int = 1, most: int | None = None
+) -> list[int]:
     """PyramidKV's budgets: from ``2 * average - average / beta`` falling linearly to ``average / beta``.
 
-    They add up to ``average * layers`` but for rounding, and none is below ``least``.
+    They add up to ``average * layers`` but for rounding, and none is below ``least``. Where the first would be above
+    ``most`` (a layer cannot keep more than there is), the line is less steep, as in kvpress.
     """
     last = max(int(average / beta), least)
+    if most is not None:
+        last = max(last, 2 * average - most)
     first = max(2 * average - last, last)
     if layers == 1:
         return [average]

@@ -1,5 +1,6 @@
 """What the configs of all caches have in common, and how one is read from a name, a dict or a list."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -63,3 +64,19 @@ def cache_configs(value: Any) -> tuple[CacheConfig, ...]:
     if not stack:
         raise ValueError("kv_cache must name at least one cache, got an empty list.")
     return tuple(cache_config(member) for member in stack)
+
+
+def check_sizes(config: CacheConfig, *names: str, least: int) -> None:
+    """Raise `ValueError` unless these options are whole numbers of at least ``least``."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_numbers(config: CacheConfig, *names: str) -> None:
+    """Raise `ValueError` unless these options are finite numbers; ranges are for the caller to check."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a number, got {value!r}.")

@@ -7,15 +7,14 @@ Bytes per token of one layer with H key-value heads of dimension D, keys and val
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_ext.caches.base import HfExtCache
-from hf_ext.caches.config import CacheConfig
+from hf_ext.caches.config import CacheConfig, check_numbers, check_sizes
 from hf_ext.caches.forward import Forward
 from hf_ext.caches.observed import ObservedLayer, note_attended, tell_incoming
 from hf_ext.caches.packed_layer import PackedLayer
 from hf_ext.caches.rotary import check_movable
-from hf_ext.caches.sink_window import check_sizes
 
 BITS = (2, 4, 8)
 METHODS = ("allocated", "uniform")
@@ -36,7 +35,8 @@ class DecoQuantConfig(CacheConfig):
         query_metric: measure the error of keys by what it does to the scores of the queries seen, with
             ``"allocated"``.
         pre_rope: pack keys as they were before the rotary embedding, and turn them again when they are read. Reading
-            then rebuilds the keys of one layer at a time, which is slower.
+            then rebuilds the keys of one layer at a time, which is slower. Under a cache that drops tokens each layer
+            also stores every token's place, in 4 bytes.
         sink_size: first tokens of each row that are never packed.
         recent_size: latest tokens that are never packed.
         first_block: tokens a row must have before its basis is computed, from all of them.
@@ -57,14 +57,16 @@ class DecoQuantConfig(CacheConfig):
     block_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS or isinstance(self.bits, bool):
+        if not isinstance(self.bits, int) or self.bits not in BITS:
             raise ValueError(f"bits must be 2, 4 or 8, got {self.bits!r}.")
         if self.method not in METHODS:
             raise ValueError(f'method must be "allocated" or "uniform", got {self.method!r}.')
-        if self.extra_bits is not None and not 0 <= self.extra_bits <= 8 - self.bits:
-            raise ValueError(
-                f"extra_bits must be from 0 to {8 - self.bits} with {self.bits} bits, got {self.extra_bits}."
-            )
+        if self.extra_bits is not None:
+            check_numbers(self, "extra_bits")
+            if not 0 <= self.extra_bits <= 8 - self.bits:
+                raise ValueError(
+                    f"extra_bits must be from 0 to {8 - self.bits} with {self.bits} bits, got {self.extra_bits}."
+                )
         check_sizes(self, "sink_size", "recent_size", least=0)
         check_sizes(self, "group", "first_block", "block_size", least=1)
 
@@ -92,9 +94,13 @@ class DecoQuantConfig(CacheConfig):
     def build(self, model: Any, inner: tuple[CacheConfig, ...]) -> "DecoQuantCache":
         """A new cache for ``model``."""
         self.refuse_inner(inner)
-        if self.pre_rope:
-            check_movable(model.get_decoder(), ["full_attention"], "pre_rope decoquant", "leave pre_rope out")
+        self.check_decoder(model.get_decoder())
         return DecoQuantCache(self, model)
+
+    def check_decoder(self, decoder: nn.Module) -> None:
+        """Raise `ValueError` for a decoder whose keys ``pre_rope`` could not turn back."""
+        if self.pre_rope:
+            check_movable(decoder, ["full_attention"], "pre_rope decoquant", "leave pre_rope out")
 
 
 class DecoQuantCache(HfExtCache):

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from hf_ext.caches.base import HfExtCache
 from hf_ext.caches.budgets import check_budget, parse_bytes
-from hf_ext.caches.config import CacheConfig
-from hf_ext.caches.decoquant import DecoQuantConfig, head_dimension
+from hf_ext.caches.byte_budget import CacheShape
+from hf_ext.caches.config import CacheConfig, check_sizes
+from hf_ext.caches.decoquant import DecoQuantConfig
 from hf_ext.caches.forward import Forward
+from hf_ext.caches.layer import gather_slots
 from hf_ext.caches.observed import ObservedLayer, check_crop, note_attended, tell_incoming
 from hf_ext.caches.packed_layer import PackedLayer
-from hf_ext.caches.sink_window import check_sizes
-from hf_ext.caches.support import layer_types
 
 SLACK = 8  # generated tokens by which a row may exceed its budget before some go at once
 
@@ -30,7 +30,8 @@ class EvictConfig(CacheConfig):
 
     Attributes:
         budget: tokens a layer stores per row: a whole number; a ratio in (0, 1] of the tokens seen; or the bytes of
-            the whole cache, such as ``"64MiB"``, which make it a number of tokens once the batch is known.
+            the whole cache, everything counted, such as ``"64MiB"``, which make it a number of tokens once the batch
+            is known. Methods that compress prompts only add what is generated.
         layer_budgets: weights of the layers' shares of the budget, one a layer, or None for equal ones.
         sink_size: first tokens of each row that always stay.
         recent_size: latest tokens that always stay.
@@ -39,6 +40,7 @@ class EvictConfig(CacheConfig):
     type: ClassVar[str] = ""
     per_head: ClassVar[bool] = True
     accumulates: ClassVar[bool] = False  # scores of stored tokens are carried on from forward to forward
+    prompts_only: ClassVar[bool] = False  # generated tokens are added and stay
 
     budget: int | float | str = 0.5
     layer_budgets: tuple[float, ...] | None = None
@@ -49,21 +51,31 @@ class EvictConfig(CacheConfig):
         check_budget(self.budget)
         check_sizes(self, "sink_size", "recent_size", least=0)
         if self.layer_budgets is not None:
+            check_weights(self.layer_budgets)
             object.__setattr__(self, "layer_budgets", tuple(self.layer_budgets))
-            if not self.layer_budgets or min(self.layer_budgets) <= 0:
-                raise ValueError(f"layer_budgets must be positive weights, got {self.layer_budgets}.")
-        least = self.sink_size + self.recent_size + 1
-        if isinstance(self.budget, int) and self.budget < least:
+        if isinstance(self.budget, int) and self.budget < self.least_tokens:
             raise ValueError(
                 f"a budget of {self.budget} tokens is too small: {self.sink_size} sinks, {self.recent_size} recent "
-                f"tokens and one more need {least}."
+                f"tokens and one more need {self.least_tokens}."
             )
 
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that a budget must have room for: sinks, the latest ones, and one that is chosen."""
+        return self.sink_size + self.recent_size + 1
+
     def check(self, model_config: Any) -> None:
-        """Raise `ValueError` when there is not one layer budget for each layer."""
+        """Raise `ValueError` when there is not one layer budget for each layer, or one is too small."""
         layers = model_config.get_text_config(decoder=True).num_hidden_layers
         if self.layer_budgets is not None and len(self.layer_budgets) != layers:
             raise ValueError(f"layer_budgets has {len(self.layer_budgets)} weights for {layers} layers.")
+        if self.layer_budgets is not None and isinstance(self.budget, int):
+            smallest = int(self.budget * min(self.shares(layers)))
+            if smallest < self.least_tokens:
+                raise ValueError(
+                    f"layer_budgets leave {smallest} of a budget of {self.budget} tokens to one layer; at least "
+                    f"{self.least_tokens} are needed."
+                )
 
     def shares(self, layers: int) -> list[float]:
         """Each layer's budget relative to the average."""
@@ -72,7 +84,10 @@ class EvictConfig(CacheConfig):
         return [weight * layers / sum(self.layer_budgets) for weight in self.layer_budgets]
 
     def score(self, layer: "Evicts", query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor | None:
-        """Scores ``[B, H or 1, n]`` of all stored keys (higher stays), or None when this forward gives none."""
+        """Scores ``[B, H or 1, n]`` that new queries give to all stored keys (higher stays); None to drop nothing.
+
+        Where layers share keys (Cross-Layer Attention) each of them is asked, and the scores are added up.
+        """
         raise NotImplementedError
 
     def protected(self, budget: int) -> tuple[int, int]:
@@ -82,22 +97,29 @@ class EvictConfig(CacheConfig):
 
     def build(self, model: Any, inner: tuple[CacheConfig, ...]) -> "EvictingCache":
         """A new cache for ``model``, over DecoQuant where that is the inner cache."""
-        return EvictingCache(self, model, storage_of(self, inner))
+        return EvictingCache(self, model, storage_of(self, inner, model))
 
 
-def storage_of(config: CacheConfig, inner: tuple[CacheConfig, ...]) -> DecoQuantConfig | None:
+def check_weights(weights: Any) -> None:
+    """Raise `ValueError` unless these are positive, finite numbers."""
+    numbers = weights if isinstance(weights, list | tuple) else []
+    good = [isinstance(weight, int | float) and 0 < weight < float("inf") for weight in numbers]
+    if not good or not all(good):
+        raise ValueError(f"layer_budgets must be positive weights, one for each layer, got {weights!r}.")
+
+
+def storage_of(config: CacheConfig, inner: tuple[CacheConfig, ...], model: Any) -> DecoQuantConfig | None:
     """The packed storage that a stack asks for.
 
     Raises:
-        ValueError: there is more than one inner cache, one that is no storage, or one of keys before RoPE.
+        ValueError: there is more than one inner cache, one that is no storage, or one that cannot serve the model.
     """
     if not inner:
         return None
-    if isinstance(inner[0], DecoQuantConfig) and inner[0].pre_rope:
-        raise ValueError(f"pre_rope keys are turned by their place in the row, which the {config.type} cache changes.")
     if len(inner) > 1 or not isinstance(inner[0], DecoQuantConfig):
         names = ", ".join(member.type for member in inner)
         raise ValueError(f"the {config.type} cache can be put over decoquant alone, got {names}.")
+    inner[0].check_decoder(model.get_decoder())
     return inner[0]
 
 
@@ -127,6 +149,16 @@ class Evicts(ObservedLayer):
         self._new_scores: Tensor | None = None
         self._added: Any = None
 
+    def expect(self, incoming: Tensor | None, decoder: Any, positions: Tensor) -> None:
+        """Told before a forward of ``decoder`` how many of its tokens are real, and where they stand."""
+        super().expect(incoming, decoder, positions)
+        self._new_scores = None
+
+    def hold(self) -> None:
+        """Told after a forward whose tokens may be taken back: nothing goes, but scores are carried on."""
+        if self.policy.accumulates and self._new_scores is not None:
+            self.scores = self._new_scores
+
     def count(self, key_states: Tensor) -> None:
         """Add the new tokens to those stored and to those seen."""
         before = 0 if self.real_count is None else self.real_count
@@ -138,11 +170,37 @@ class Evicts(ObservedLayer):
     def observe(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, module: Any) -> None:
         """Score what is stored."""
         super().observe(query, keys, values, scaling, module)
+        if not self._asks_for_scores(query):
+            return
         if keys.shape[-2] < self.stored and isinstance(self, PackedLayer):
             keys, values = self._dense(query.dtype)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.no_grad():
-            self._new_scores = self.policy.score(self, query, keys, values, scaling)
+            scores = self.policy.score(self, query, keys, values, scaling)
+        if scores is None:
+            return
+        if self._new_scores is not None:
+            self._new_scores = self._new_scores + scores
+        else:
+            self._new_scores = scores if self.scores is None else self._carried_on(scores, query.shape[-2])
+
+    def _carried_on(self, scores: Tensor, q_length: int) -> Tensor:
+        """These scores and those that the stored tokens had before the newest ``q_length`` came."""
+        old = self.scores[..., -(scores.shape[-1] - q_length) :]
+        return scores + torch.nn.functional.pad(old, (scores.shape[-1] - q_length - old.shape[-1], q_length))
+
+    def _asks_for_scores(self, query: Tensor) -> bool:
+        """Whether this forward's scores will be used; packed keys would have to be rebuilt for them."""
+        if self.policy.accumulates:
+            return True
+        prompt = query.shape[-2] >= self.stored or query.shape[-2] >= max(self.policy.recent_size, 2)
+        return (prompt or not self.policy.prompts_only) and any(self.due())
+
+    def due(self) -> list[bool]:
+        """Which rows now store so much more than their budget that some of it goes."""
+        slack = [SLACK if new == 1 else 0 for new in self._added.tolist()]
+        limits = [budget + more for budget, more in zip(self.budget(), slack, strict=True)]
+        return [count > limit for count, limit in zip(self.real_count.tolist(), limits, strict=True)]
 
     def budget(self) -> list[int]:
         """Tokens each row may keep now."""
@@ -158,21 +216,13 @@ class Evicts(ObservedLayer):
             self._evict(scores)
         super().commit()
 
-    def is_prompt(self, query: Tensor, keys: Tensor) -> bool:
-        """Whether this forward is a prompt, or a piece of one: the first one, or as long as the latest tokens."""
-        return query.shape[-2] == keys.shape[-2] or query.shape[-2] >= max(self.policy.recent_size, 2)
-
     def first_slots(self, keys: Tensor) -> Tensor:
         """Slot of each row's first real token among ``keys``, ``[B]``."""
         return (keys.shape[-2] - self.real_count.to(keys.device)).clamp(min=0)
 
     @torch.no_grad()
     def _evict(self, scores: Tensor) -> None:
-        counts, budgets = self.real_count.tolist(), self.budget()
-        due = [
-            count > budget + (SLACK if new == 1 else 0)
-            for count, budget, new in zip(counts, budgets, self._added.tolist(), strict=True)
-        ]
+        counts, budgets, due = self.real_count.tolist(), self.budget(), self.due()
         if not any(due):
             self._carry(scores, None)
             return
@@ -214,18 +264,14 @@ class Evicts(ObservedLayer):
             self._select([ordinals[0] for ordinals in own])
             self._uneven = bool((self.real_count != self.stored).any())
             return
-        longest = max(ordinals.shape[-1] for ordinals in own)
-        kept = []
-        for dense in (self.keys, self.values):
-            out = dense.new_zeros(*dense.shape[:2], longest, dense.shape[-1])
-            for row, ordinals in enumerate(own):
-                index = (ordinals + dense.shape[-2] - self._before[row]).expand(dense.shape[1], -1)
-                rows = dense[row].gather(1, index[..., None].expand(-1, -1, dense.shape[-1]))
-                out[row, :, longest - ordinals.shape[-1] :] = rows
-            kept.append(out)
-        self.keys, self.values = kept
-        self.real_count = torch.tensor([ordinals.shape[-1] for ordinals in own], device=self.real_count.device)
-        self._uneven = bool((self.real_count != longest).any())
+        counts = [ordinals.shape[-1] for ordinals in own]
+        longest, stored = max(counts), self.keys.shape[-2]
+        slots = own[0].new_zeros(len(own), own[0].shape[0], longest)  # a dead slot is a copy of some token
+        for row, ordinals in enumerate(own):
+            slots[row, :, longest - counts[row] :] = ordinals + stored - self._before[row]
+        self.keys, self.values = gather_slots(self.keys, slots), gather_slots(self.values, slots)
+        self.real_count = torch.tensor(counts, device=self.real_count.device)
+        self._uneven = min(counts) < longest
 
     def drop_last(self, count: int) -> None:
         """Forget the last ``count`` tokens; their scores go with them."""
@@ -234,6 +280,8 @@ class Evicts(ObservedLayer):
             self.real_seen = (self.real_seen - count).clamp(min=0)
             if self._new_scores is not None:
                 self._new_scores = self._new_scores[..., : max(self._new_scores.shape[-1] - count, 0)]
+            if self.scores is not None:  # those of a forward that was interrupted are not among them
+                self.scores = self.scores[..., : self.stored]
 
     def reset(self) -> None:
         """Forget everything."""
@@ -252,6 +300,7 @@ class EvictingDenseLayer(Evicts):
 class EvictingPackedLayer(Evicts, PackedLayer):
     """Evicts from DecoQuant rows, by moving codes."""
 
+    drops_tokens: ClassVar[bool] = True
     row_tensors: ClassVar[tuple[str, ...]] = (*PackedLayer.row_tensors, "real_seen", "scores")
 
     def __init__(self, policy: EvictConfig, share: float, storage: DecoQuantConfig) -> None:
@@ -269,6 +318,9 @@ class EvictingCache(HfExtCache):
         text = model.config.get_text_config(decoder=True)
         self._shares = config.shares(text.num_hidden_layers)
         super().__init__(config, model)
+
+    def _describe(self) -> dict[str, Any]:
+        return {**super()._describe(), "storage": self.storage and self.storage.to_dict()}
 
     def make_layer(self, layer_idx: int) -> Evicts:
         """An evicting layer over the storage asked for."""
@@ -311,33 +363,28 @@ class EvictingCache(HfExtCache):
                 f"not installed, or the model does not use transformers' AttentionInterface."
             )
         super().end_forward(forward, hidden_states)
+        if self.record_past:
+            for layer in self.evicting:
+                layer.hold()
 
     def _budget_in_tokens(self, forward: Forward) -> int | None:
         if isinstance(self.config.budget, int):
             return self.config.budget
         if isinstance(self.config.budget, float):
             return None
-        per_token = bytes_per_token(forward.decoder.config, _dtype_bytes(forward.decoder), self.storage)
-        tokens = int(parse_bytes(self.config.budget) // (per_token * forward.batch))
-        least = self.config.sink_size + self.config.recent_size + 1
-        if tokens < least:
+        policy = self.config
+        shape = CacheShape.of(forward.decoder, policy.per_head if policy.accumulates else None, self.storage)
+        slack = 0 if policy.prompts_only else SLACK
+        tokens = shape.tokens_in(parse_bytes(self.config.budget), forward.batch, slack)
+        if tokens < self._least_tokens:
             raise ValueError(
-                f"a budget of {self.config.budget} is {tokens} tokens for each of {forward.batch} rows; at least "
-                f"{least} are needed."
+                f"a budget of {policy.budget} is {max(tokens, 0)} tokens for each of {forward.batch} rows; at least "
+                f"{self._least_tokens} are needed."
             )
         return tokens
 
-
-def _dtype_bytes(decoder: Any) -> int:
-    return int(next(decoder.parameters()).element_size())
-
-
-def bytes_per_token(model_config: Any, element: int, storage: DecoQuantConfig | None) -> float:
-    """Bytes of one token in all full-attention layers of the model."""
-    text = model_config.get_text_config(decoder=True)
-    d = head_dimension(model_config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    numbers = 2 * heads * d * layer_types(model_config).count("full_attention")
-    if storage is None:
-        return numbers * element
-    return numbers / d * (storage.row_bytes(d) + (1 if storage.method == "allocated" else 2 / heads))
+    @property
+    def _least_tokens(self) -> int:
+        """Tokens that a budget in bytes must have room for; packing begins with a first block of them."""
+        inner, least = self.storage, self.config.least_tokens
+        return least if inner is None else max(least, inner.sink_size + inner.recent_size + inner.first_block)

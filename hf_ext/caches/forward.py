@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -30,6 +31,25 @@ class Forward:
     batch: int
     length: int
     device: Any
+
+    def positions(self, committed: int) -> Tensor:
+        """Where the new tokens stand, ``[B, q]``, after ``committed`` tokens; what the decoder will number them."""
+        found = self.position_ids
+        if found is None:
+            found = torch.arange(committed, committed + self.length, device=self.device)[None]
+        return found.expand(self.batch, self.length) if found.ndim == 2 else found
+
+    def check_rows(self, held: int | None) -> None:
+        """Refuse a batch that does not fit what a cache holds already, or its own mask.
+
+        Raises:
+            ValueError: the cache holds another number of rows, or the mask has another number.
+        """
+        if held is not None and held != self.batch:
+            raise ValueError(f"this cache holds {held} rows, the new tokens have {self.batch}; make a new one.")
+        mask = self.attention_mask
+        if mask is not None and len(mask) != self.batch:
+            raise ValueError(f"attention_mask has {len(mask)} rows, the new tokens have {self.batch}.")
 
     def left_pads(self) -> Tensor | None:
         """Pads at the left of each row, ``[B]``, or None where there are none.

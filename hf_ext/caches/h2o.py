@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from hf_ext.caches.evicting import EvictConfig, Evicts
@@ -28,10 +27,5 @@ class H2OConfig(EvictConfig):
         return sinks, min(max(self.recent_size, budget // 2), budget - sinks)
 
     def score(self, layer: Evicts, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """Attention each key drew from all queries so far."""
-        new = window_scores(query, keys, layer.first_slots(keys), scaling, per_head=layer.per_head)
-        if layer.scores is None:
-            return new
-        old = layer.scores[..., -(keys.shape[-2] - query.shape[-2]) :]
-        padding = (new.shape[-1] - query.shape[-2] - old.shape[-1], query.shape[-2])
-        return new + torch.nn.functional.pad(old, padding)
+        """Attention each key draws from the new queries; what it drew before is carried on."""
+        return window_scores(query, keys, layer.first_slots(keys), scaling, per_head=layer.per_head)

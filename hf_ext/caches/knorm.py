@@ -13,12 +13,11 @@ class KnormConfig(EvictConfig):
     """Options of Knorm. Prompts are compressed; generated tokens are added and stay."""
 
     type: ClassVar[str] = "knorm"
+    prompts_only: ClassVar[bool] = True
 
     sink_size: int = 0
 
-    def score(self, layer: Evicts, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor | None:
+    def score(self, layer: Evicts, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """The negative norm of each key, for each key-value head."""
-        if not layer.is_prompt(query, keys):
-            return None
         norms = keys.float().norm(dim=-1)
         return -(norms if layer.per_head else norms.mean(1, keepdim=True))

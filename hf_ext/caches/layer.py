@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -9,9 +10,14 @@ from hf_ext.caches.row_state import RowState
 
 
 def gather_slots(states: Tensor, slots: Tensor) -> Tensor:
-    """``states[b, :, slots[b]]``: ``[B, H, P, D], [B, K] -> [B, H, K, D]`` in memory of its own."""
-    index = slots.to(states.device)[:, None, :, None]
-    return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[-1]))
+    """``states[b, h, slots[b, h]]``: ``[B, H, P, D], [B, H or 1, K] -> [B, H, K, D]`` in memory of its own.
+
+    Whole vectors are copied at once, which is several times faster than `Tensor.gather` of single numbers.
+    """
+    batch, heads, length, d = states.shape
+    first = torch.arange(batch * heads, device=states.device).view(batch, heads, 1) * length
+    index = (slots.to(states.device) + first).flatten()
+    return states.reshape(-1, d).index_select(0, index).view(batch, heads, slots.shape[-1], d)
 
 
 class HfExtLayer(RowState, DynamicLayer):
@@ -59,7 +65,7 @@ class HfExtLayer(RowState, DynamicLayer):
 
     def keep(self, slots: Tensor) -> None:
         """Store only ``slots`` ``[B, K]``, ascending in each row, the same for every head."""
-        self.keys, self.values = gather_slots(self.keys, slots), gather_slots(self.values, slots)
+        self.keys, self.values = (gather_slots(states, slots[:, None]) for states in (self.keys, self.values))
 
     def drop_last(self, count: int) -> None:
         """Forget the last ``count`` tokens, which are still stored.
@@ -94,7 +100,9 @@ class HfExtLayer(RowState, DynamicLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes 0 or a negative number of tokens to remove, got {tokens_to_remove}.")
         self.drop_last(-tokens_to_remove)
+        recording, self.record_past = self.record_past, False
         self.commit()
+        self.record_past = recording
 
     def reset(self) -> None:
         """Forget everything."""

@@ -32,6 +32,7 @@ class ObservedLayer(HfExtLayer):
         real_count: ``[B]`` int64, real tokens stored per row.
         unbroken: how many of the latest tokens are stored without a gap; None when all are.
         incoming: ``[B]`` real tokens among those of the coming forward, or None when all of them are.
+        positions: ``[B, q]`` where the tokens of the coming forward stand in the text.
         attended: `attend` was called in this forward.
         proved: the model is known to call `attend`.
     """
@@ -43,6 +44,7 @@ class ObservedLayer(HfExtLayer):
         super().__init__()
         self.real_count: Any = None
         self.incoming: Tensor | None = None
+        self.positions: Tensor | None = None
         self.unbroken: int | None = None
         self._uneven = False
         self.attended = False
@@ -51,9 +53,9 @@ class ObservedLayer(HfExtLayer):
 
     # --- one forward ---------------------------------------------------------------------------------------------
 
-    def expect(self, incoming: Tensor | None, decoder: nn.Module) -> None:
-        """Told before a forward of ``decoder`` how many of its tokens are real."""
-        self.incoming, self.proved = incoming, decoder in SEAM.proved
+    def expect(self, incoming: Tensor | None, decoder: nn.Module, positions: Tensor) -> None:
+        """Told before a forward of ``decoder`` how many of its tokens are real, and where they stand."""
+        self.incoming, self.positions, self.proved = incoming, positions, decoder in SEAM.proved
         self.attended = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -154,7 +156,7 @@ class ObservedLayer(HfExtLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.real_count = self.incoming = self.unbroken = None
+        self.real_count = self.incoming = self.positions = self.unbroken = None
         self._uneven = self.attended = self.proved = False
 
     def write_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -164,7 +166,7 @@ class ObservedLayer(HfExtLayer):
 
 
 def tell_incoming(layers: list[ObservedLayer], forward: Forward, committed: int) -> None:
-    """Tell the layers how many tokens of a forward are real in each row.
+    """Tell the layers how many tokens of a forward are real in each row, and where they stand.
 
     Raises:
         ValueError: the mask is not that of all tokens seen and new, or has padding elsewhere than on the left.
@@ -180,7 +182,7 @@ def tell_incoming(layers: list[ObservedLayer], forward: Forward, committed: int)
         fresh = forward.length - (pads - committed).clamp(0, forward.length)
         incoming = None if bool((fresh == forward.length).all()) else fresh
     for layer in layers:
-        layer.expect(incoming, forward.decoder)
+        layer.expect(incoming, forward.decoder, forward.positions(committed))
 
 
 def note_attended(layers: list[ObservedLayer], forward: Forward) -> bool:

@@ -18,7 +18,8 @@ from hf_ext.kernels.packed_attention import MAX_NATIVE_QUERIES, PackedRows, pack
 
 PARTS = ("codes", "scales", "widths", "synthesis", "mean", "weight")
 SIDES = ("key", "value")
-EXTRA = ("packed_count", "sink_count", "query_moment", *(f"{side}_{part}" for side in SIDES for part in PARTS))
+PACKED = tuple(f"{side}_{part}" for side in SIDES for part in PARTS)
+EXTRA = ("packed_count", "sink_count", "query_moment", "places", "packed_places", *PACKED)
 UNFUSED = ("softcap", "s_aux", "position_bias")  # attention options that the packed kernel does not know
 
 
@@ -30,12 +31,18 @@ class PackedLayer(ObservedLayer):
         packed_count: ``[B]`` int64, packed tokens per row; None before any row has some.
         sink_count: ``[B]`` int64, unpacked tokens that come before a row's packed ones.
         query_moment: ``[B, D, D]`` sum of ``q q^T`` over real queries, until every row has its basis.
+        places: ``[B, 1, F, 1]`` int32, where the tokens in ``keys`` stand in the text; kept only where keys are packed
+            before RoPE and tokens are dropped. Without gaps a token's place is its number in its row.
+        packed_places: ``[B, 1, N]`` the same of packed tokens.
         key_codes, ...: the fields of `PackedRows`, for keys and for values.
     """
 
     row_tensors: ClassVar[tuple[str, ...]] = (*ObservedLayer.row_tensors, *EXTRA)
+    drops_tokens: ClassVar[bool] = False
     packed_count: Any  # a tensor wherever it is read after packing has begun
     query_moment: Any
+    places: Any
+    packed_places: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -55,15 +62,24 @@ class PackedLayer(ObservedLayer):
         return self._longest
 
     @property
+    def _keeps_places(self) -> bool:
+        return self.drops_tokens and self.config.pre_rope
+
+    @property
+    def _aligned(self) -> tuple[str, ...]:
+        """Names of what lies aligned to the right, one slot for each token that is not packed."""
+        return ("keys", "values", "places") if self._keeps_places else ("keys", "values")
+
+    @property
     def recent_count(self) -> Tensor:
         """Tokens per row that are not packed, ``[B]``."""
         return self.real_count if self.packed_count is None else self.real_count - self.packed_count
 
     # --- one forward ---------------------------------------------------------------------------------------------
 
-    def expect(self, incoming: Tensor | None, decoder: nn.Module) -> None:
-        """Told before a forward of ``decoder`` how many of its tokens are real."""
-        super().expect(incoming, decoder)
+    def expect(self, incoming: Tensor | None, decoder: nn.Module, positions: Tensor) -> None:
+        """Told before a forward of ``decoder`` how many of its tokens are real, and where they stand."""
+        super().expect(incoming, decoder, positions)
         self._frequencies = frequencies(decoder, "full_attention") if self.config.pre_rope else None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -85,6 +101,10 @@ class PackedLayer(ObservedLayer):
         empty = self.keys is None or self.keys.numel() == 0
         self.keys = key_states.clone() if empty else torch.cat([self.keys, key_states], -2)
         self.values = value_states.clone() if empty else torch.cat([self.values, value_states], -2)
+        if self._keeps_places:
+            assert self.positions is not None
+            new = self.positions[:, None, :, None].to(device=key_states.device, dtype=torch.int32)
+            self.places = new.clone() if empty else torch.cat([self.places, new], -2)
         self._longest = self._longest + key_states.shape[-2] if self.incoming is None else int(self.real_count.max())
 
     def attend(
@@ -141,7 +161,7 @@ class PackedLayer(ObservedLayer):
             self._pack(recent, ready)
         elif self.keys.shape[-2] > max(recent):
             begin = self.keys.shape[-2] - max(recent)
-            self.keys, self.values = self.keys[..., begin:, :].clone(), self.values[..., begin:, :].clone()
+            self._change_aligned(lambda dense: dense[..., begin:, :].clone())
 
     def _formatted(self) -> list[bool]:
         """Which rows have their basis, even if none of their packed tokens is left."""
@@ -164,18 +184,23 @@ class PackedLayer(ObservedLayer):
             for row, count in enumerate(ready):
                 begin = capacity - recent[row] + int(self.sink_count[row])
                 x = dense[row, :, begin : begin + count]
-                if side == "key" and count:
-                    x = self._turned(x, int(self.sink_count[row] + self.packed_count[row]), -1)
-                pieces.append(self._encode_row(side, row, x, formatted[row]) if count else None)
+                places = self._places_of_recent(row, begin, count)
+                if side == "key":
+                    x = self._turned(x, places, -1)
+                pieces.append(self._encode_row(side, row, x, places, formatted[row]) if count else None)
             self._store(side, pieces, ready, formatted)
+        if self._keeps_places:
+            self._store_places(recent, ready)
         left = [r - count for r, count in zip(recent, ready, strict=True)]
-        self.keys, self.values = (self._without(dense, recent, ready, left) for dense in (self.keys, self.values))
+        self._change_aligned(lambda dense: self._without(dense, recent, ready, left))
         self.packed_count = self.packed_count + torch.tensor(ready, device=self.packed_count.device)
         self._all_formatted = all(self._formatted())
         if self._all_formatted:
             self.query_moment = None
 
-    def _encode_row(self, side: str, row: int, x: Tensor, formatted: bool) -> tuple[RowFormat, Tensor, Tensor]:
+    def _encode_row(
+        self, side: str, row: int, x: Tensor, places: Tensor, formatted: bool
+    ) -> tuple[RowFormat, Tensor, Tensor]:
         if formatted:
             row_format = self._rows(side).row_format(row)
         elif self.config.method == "uniform":
@@ -183,7 +208,7 @@ class PackedLayer(ObservedLayer):
         else:
             metric = self.query_moment[row] if side == "key" and self.query_moment is not None else None
             if metric is not None and self._frequencies is not None:
-                metric = unrotated_moment(metric, x.shape[1], self._frequencies)
+                metric = unrotated_moment(metric, int(places[-1]) + 1, self._frequencies)
             row_format = fit_allocated(x, self.config.row_bytes(x.shape[-1]), metric)
         return (row_format, *encode(x, row_format))
 
@@ -209,6 +234,22 @@ class PackedLayer(ObservedLayer):
                 if piece is not None and not formatted[row]:
                     rows[row] = getattr(piece[0], part)
             setattr(self, f"{side}_{part}", rows)
+
+    def _store_places(self, recent: list[int], ready: list[int]) -> None:
+        """Append the places of each row's newly packed tokens at its own count."""
+        before = self.packed_count.tolist()
+        need = max(b + r for b, r in zip(before, ready, strict=True))
+        grown = self.places.new_zeros(len(ready), 1, need)
+        if self.packed_places is not None:
+            grown[..., : self.packed_places.shape[-1]] = self.packed_places[..., :need]
+        for row, count in enumerate(ready):
+            begin = self.places.shape[-2] - recent[row] + int(self.sink_count[row])
+            grown[row, :, before[row] : before[row] + count] = self.places[row, :, begin : begin + count, 0]
+        self.packed_places = grown
+
+    def _change_aligned(self, function: Callable[[Tensor], Tensor]) -> None:
+        for name in self._aligned:
+            setattr(self, name, function(getattr(self, name)))
 
     def _without(self, dense: Tensor, recent: list[int], ready: list[int], left: list[int]) -> Tensor:
         """The recent tokens of each row but those packed, aligned to the right again."""
@@ -250,15 +291,25 @@ class PackedLayer(ObservedLayer):
         sinks = int(self.sink_count[row])
         middle = rows.rebuild(row, packed, torch.promote_types(dense.dtype, torch.float32)).to(dense.dtype)
         if dense is self.keys:
-            middle = self._turned(middle, sinks, 1)
+            middle = self._turned(middle, self._places_of_packed(row, sinks, packed), 1)
         return torch.cat([recent[:, :sinks], middle, recent[:, sinks:]], 1)
 
-    def _turned(self, keys: Tensor, begin: int, direction: int) -> Tensor:
-        """Keys ``[H, n, D]`` of the tokens from place ``begin`` on, rotated to (1) or from (-1) their places."""
+    def _turned(self, keys: Tensor, places: Tensor, direction: int) -> Tensor:
+        """Keys ``[H, n, D]`` of tokens at ``places [n]``, rotated to (1) or from (-1) there."""
         if self._frequencies is None:
             return keys
-        places = direction * torch.arange(begin, begin + keys.shape[1], device=keys.device)
-        return move_keys(keys[None], places[None], self._frequencies)[0]
+        return move_keys(keys[None], direction * places[None].to(keys.device), self._frequencies)[0]
+
+    def _places_of_recent(self, row: int, slot: int, count: int) -> Tensor:
+        """Places ``[count]`` of the unpacked tokens from ``slot`` on, which come next after a row's packed ones."""
+        if self._keeps_places:
+            return self.places[row, 0, slot : slot + count, 0]
+        begin = int(self.sink_count[row] + self.packed_count[row])
+        return torch.arange(begin, begin + count)
+
+    def _places_of_packed(self, row: int, sinks: int, count: int) -> Tensor:
+        """Places ``[count]`` of a row's packed tokens, which come after ``sinks`` others."""
+        return self.packed_places[row, 0, :count] if self._keeps_places else torch.arange(sinks, sinks + count)
 
     # --- dropping ------------------------------------------------------------------------------------------------
 
@@ -287,7 +338,7 @@ class PackedLayer(ObservedLayer):
         tail = self.recent_count if self.packed_count is None else self.recent_count - self.sink_count
         if bool((self.real_count - left <= tail).all()):
             end = max(self.keys.shape[-2] - count, 0)
-            self.keys, self.values = self.keys[..., :end, :], self.values[..., :end, :]
+            self._change_aligned(lambda dense: dense[..., :end, :])
             self.real_count = left
             self._longest = int(left.max())
         else:
@@ -309,17 +360,18 @@ class PackedLayer(ObservedLayer):
         self._longest = int(self.real_count.max())
         offset = [self.keys.shape[-2] - count for count in recent_count]
         moved = [index + begin for index, begin in zip(recent_index, offset, strict=True)]
-        self.keys, self.values = (_gather_right(dense, moved) for dense in (self.keys, self.values))
+        self._change_aligned(lambda dense: _gather_right(dense, moved))
         if self.packed_count is not None:
             self.packed_count = torch.tensor([len(index) for index in packed_index], device=self.real_count.device)
             self.sink_count = torch.tensor(sinks, device=self.real_count.device)
-            for name in ("key_codes", "key_scales", "value_codes", "value_scales"):
+            places = ["packed_places"] if self._keeps_places else []
+            for name in ("key_codes", "key_scales", "value_codes", "value_scales", *places):
                 setattr(self, name, _gather_left(getattr(self, name), packed_index))
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """As `RowState.map_rows`, and also for recent tokens of which there are none at the moment."""
         super().map_rows(function)
-        for name in ("keys", "values"):
+        for name in self._aligned:
             dense = getattr(self, name)
             if dense is not None and dense.dim() == 4 and dense.numel() == 0:
                 setattr(self, name, function(dense))

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from hf_ext.caches.base import HfExtCache
 from hf_ext.caches.budgets import PyramidSchedule, solve_decay
-from hf_ext.caches.config import CacheConfig
+from hf_ext.caches.config import CacheConfig, check_numbers, check_sizes
 from hf_ext.caches.decoquant import DecoQuantConfig
 from hf_ext.caches.evicting import storage_of
 from hf_ext.caches.forward import Forward
 from hf_ext.caches.observed import check_crop, note_attended, tell_incoming
 from hf_ext.caches.pyramid_layer import PyramidDenseLayer, PyramidLayer, PyramidPackedLayer
-from hf_ext.caches.sink_window import check_sizes
 from hf_ext.caches.support import layer_types
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -82,7 +81,9 @@ class PyramidInferConfig(CacheConfig):
     voters: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("decay", "recent_ratio", "generation_ratio", "generation_decay"):
+        shares = ("decay", "recent_ratio", "generation_ratio", "generation_decay")
+        check_numbers(self, *shares, "distance_weight", *(["target_ratio"] if self.target_ratio is not None else []))
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)!r}.")
         if self.target_ratio is not None and not 0 < self.target_ratio <= 1:
@@ -130,7 +131,7 @@ class PyramidInferConfig(CacheConfig):
 
     def build(self, model: Any, inner: tuple[CacheConfig, ...]) -> "PyramidInferCache":
         """A new cache for ``model``, over DecoQuant where that is the inner cache."""
-        return PyramidInferCache(self, model, storage_of(self, inner))
+        return PyramidInferCache(self, model, storage_of(self, inner, model))
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,9 @@ class PyramidInferCache(HfExtCache):
         self.depth = model.config.get_text_config(decoder=True).num_hidden_layers
         self.index: Tensor | None = None
         super().__init__(config, model)
+
+    def _describe(self) -> dict[str, Any]:
+        return {**super()._describe(), "storage": self.storage and self.storage.to_dict()}
 
     def make_layer(self, layer_idx: int) -> PyramidLayer:
         """A layer that votes, over the storage asked for."""
@@ -207,7 +211,7 @@ class PyramidInferCache(HfExtCache):
         uneven = bool((counts != longest).any())
         for later in self.layers[layer_idx + 1 :]:
             if isinstance(later, PyramidLayer):
-                later.gather(counts if uneven else None)
+                later.gather(counts if uneven else None, index)
         return hidden_states.gather(1, index[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
     def crop(self, tokens_to_remove: int) -> None:

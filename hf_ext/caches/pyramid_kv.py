@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_ext.caches.budgets import linear_budgets
+from hf_ext.caches.config import check_numbers
 from hf_ext.caches.snapkv import SnapKVConfig
 
 
@@ -12,7 +13,8 @@ class PyramidKVConfig(SnapKVConfig):
     """Options of PyramidKV.
 
     Attributes:
-        beta: the last layer keeps ``1 / beta`` of the average.
+        beta: the last layer keeps ``1 / beta`` of the average, or more where the first layers cannot use their share
+            of a ratio.
     """
 
     type: ClassVar[str] = "pyramid_kv"
@@ -21,6 +23,7 @@ class PyramidKVConfig(SnapKVConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(self, "beta")
         if not self.beta >= 1:
             raise ValueError(f"beta must be at least 1, got {self.beta!r}.")
 
@@ -29,4 +32,5 @@ class PyramidKVConfig(SnapKVConfig):
         if self.layer_budgets is not None:
             return super().shares(layers)
         unit = 1_000_000
-        return [budget / unit for budget in linear_budgets(unit, layers, self.beta)]
+        most = int(unit / self.budget) if isinstance(self.budget, float) else None
+        return [budget / unit for budget in linear_budgets(unit, layers, self.beta, most=most)]

@@ -47,9 +47,11 @@ class PyramidLayer(ObservedLayer):
         # The schedule is one for the whole prompt, whatever reaches this layer of it.
         self._prompt = None if self.incoming is None else self.incoming.tolist()
 
-    def gather(self, counts: Tensor | None) -> None:
-        """Told that fewer tokens will come: ``counts [B]`` real ones, or as many in every row."""
+    def gather(self, counts: Tensor | None, index: Tensor) -> None:
+        """Told that only the tokens ``index [B, m]`` will come: ``counts [B]`` real ones, or as many in every row."""
         self.incoming, self._gathered = counts, True
+        if self.positions is not None:
+            self.positions = self.positions.gather(1, index.to(self.positions.device))
 
     def given_counts(self, given: int) -> list[int]:
         """Real tokens of this forward that reached this layer, in each row."""
@@ -211,6 +213,8 @@ class PyramidLayer(ObservedLayer):
             self.seen -= count - reached
             return
         super().drop_last(count)
+        if self.queries is not None and 0 < count < self.queries.shape[2]:
+            self.queries = self.queries[:, :, :-count]
 
     def reset(self) -> None:
         """Forget everything."""
@@ -229,6 +233,7 @@ class PyramidDenseLayer(PyramidLayer):
 class PyramidPackedLayer(PyramidLayer, PackedLayer):
     """PyramidInfer on DecoQuant rows."""
 
+    drops_tokens: ClassVar[bool] = True
     row_tensors: ClassVar[tuple[str, ...]] = (*PackedLayer.row_tensors, "settled", "queries")
 
     def __init__(self, settings: Any, index: int, depth: int, storage: Any) -> None:

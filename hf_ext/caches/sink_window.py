@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_ext.caches.config import CacheConfig
+from hf_ext.caches.config import CacheConfig, check_sizes
 from hf_ext.caches.keep import keep_slots
 from hf_ext.caches.streaming import StreamingCache
 
@@ -59,14 +59,6 @@ class SinkWindowCache(StreamingCache):
         """Sinks and the latest tokens."""
         assert self.real is not None
         return keep_slots(self.real, keep, self.sinks)
-
-
-def check_sizes(config: CacheConfig, *names: str, least: int) -> None:
-    """Raise `ValueError` unless these options are whole numbers of at least ``least``."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
 def check_positions(positions: str) -> None:

@@ -25,10 +25,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_ext.caches.config import CacheConfig
+from hf_ext.caches.config import CacheConfig, check_numbers, check_sizes
 from hf_ext.caches.forward import Forward
 from hf_ext.caches.keep import keep_slots
-from hf_ext.caches.sink_window import check_positions, check_sizes
+from hf_ext.caches.sink_window import check_positions
 from hf_ext.caches.streaming import StreamingCache
 from hf_ext.caches.surprisal import head_scale, surprisal, surprisal_of_logits
 
@@ -65,6 +65,7 @@ class SirLLMConfig(CacheConfig):
         check_sizes(self, "sink_size", "memory_size", "recent_size", least=0)
         check_sizes(self, "block_size", least=1)
         check_positions(self.positions)
+        check_numbers(self, "decay")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be above 0 and at most 1, got {self.decay!r}.")
         if self.evict not in ("block", "turn"):

@@ -20,6 +20,7 @@ class SnapKVConfig(EvictConfig):
     """
 
     type: ClassVar[str] = "snapkv"
+    prompts_only: ClassVar[bool] = True
 
     sink_size: int = 0
     kernel: int = 5
@@ -34,10 +35,8 @@ class SnapKVConfig(EvictConfig):
         if self.recent_size < 1:
             raise ValueError(f"recent_size must be at least 1: those tokens vote, got {self.recent_size}.")
 
-    def score(self, layer: Evicts, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor | None:
+    def score(self, layer: Evicts, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """The window's pooled attention, for each key-value head."""
-        if not layer.is_prompt(query, keys):
-            return None
         window = query[:, :, -self.recent_size :]
         scores = window_scores(window, keys, layer.first_slots(keys), scaling, per_head=layer.per_head)
         return smooth(scores, self.kernel, self.pooling)

@@ -45,10 +45,13 @@ def write(owners: Owners, made_for: dict[str, Any], state: dict[str, Any], devic
     Raises:
         ValueError: the state is not that of a cache with these options for a model of this shape.
     """
+    if "made_for" not in state.get("values", {}) or "tensors" not in state:
+        raise ValueError(f"this is no state_dict of a cache; it has {', '.join(map(repr, state)) or 'nothing'}.")
     values, tensors = state["values"], state["tensors"]
     for what, ours in made_for.items():
-        if values["made_for"][what] != ours:
-            raise ValueError(f"the saved cache is for the {what} {values['made_for'][what]}, this one for {ours}.")
+        theirs = values["made_for"].get(what)
+        if theirs != ours:
+            raise ValueError(f"the saved cache is for the {what} {theirs}, this one for {ours}.")
     for prefix, owner in owners:
         names = [name for name in tensors if name.startswith(prefix) and "." not in name[len(prefix) :]]
         own_tensors = {name[len(prefix) :]: tensors[name].to(device) for name in names}

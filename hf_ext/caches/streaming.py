@@ -165,7 +165,7 @@ class StreamingCache(HfExtCache):
         next_position = kept.get("next_position", self.next_position)
         moved = (next_position - self.next_position)[:, None]  # a sliding layer's tokens stay right before the next
         if isinstance(layer, HfExtLayer):
-            keys, values = gather_slots(keys, slots), gather_slots(values, slots)
+            keys, values = (gather_slots(states, slots[:, None]) for states in (keys, values))
             moved = kept["positions"] - self.positions.gather(-1, slots)
         return (self._move(keys, moved, self.layer_types[index]) if self.dense else keys), values
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ext import PyramidInferConfig
+from hf_ext import PyramidInferConfig, PyramidKVConfig
 from hf_ext.caches.budgets import (
     PyramidSchedule,
     check_budget,
@@ -62,6 +62,14 @@ def test_linear_budgets_fall_and_add_up(average, layers):
     budgets = linear_budgets(average, layers)
     assert sum(budgets) == pytest.approx(average * layers, abs=layers)
     assert all(a >= b for a, b in itertools.pairwise(budgets))
+
+
+@pytest.mark.parametrize(("ratio", "first", "last"), [(0.45, 0.8775, 0.0225), (0.75, 1.0, 0.5), (1.0, 1.0, 1.0)])
+def test_no_layer_of_pyramid_kv_is_given_more_than_there_is(ratio, first, last):
+    shares = PyramidKVConfig(budget=ratio).shares(30)
+    assert shares[0] * ratio == pytest.approx(first, abs=1e-4)
+    assert shares[-1] * ratio == pytest.approx(last, abs=1e-4)
+    assert sum(shares) == pytest.approx(30, abs=1e-3)
 
 
 @pytest.mark.parametrize(

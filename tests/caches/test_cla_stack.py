@@ -5,7 +5,7 @@ import torch
 from transformers import cache_utils
 
 from hf_ext import HfExtConfig, make_cache
-from hf_ext.testing import SMALL, assert_close, ragged_batch, tiny_config
+from hf_ext.testing import SMALL, assert_close, ragged_batch, tiny_config, tiny_model
 
 pytestmark = pytest.mark.skipif(
     not hasattr(cache_utils, "KVSharingDict"), reason="Cross-Layer Attention needs transformers 5.23"
@@ -47,3 +47,12 @@ def test_a_packed_cache_comes_close_to_the_dense_one():
         cache = make_cache(model, [PACKED])
         model(ids[:, :50], past_key_values=cache)
         assert_close("logits", expected, model(ids[:, 50:], past_key_values=cache).logits, 0.05)
+
+
+def test_a_saved_cache_of_the_stock_model_is_refused():
+    stock, model = tiny_model(), cla_model()
+    cache = make_cache(stock, "snapkv", **SMALL["snapkv"])
+    with torch.no_grad():
+        stock(torch.randint(3, 128, (1, 30)), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"this one for 4 layers \(1, 3 sharing those of others\)"):
+        make_cache(model, "snapkv", **SMALL["snapkv"]).load_state_dict(cache.state_dict())

@@ -1,4 +1,7 @@
-"""What every registered cache keeps true. A new cache joins with one line in each table of `hf_ext.testing`."""
+"""What every registered cache, and every kind of stack, keeps true.
+
+A new cache joins with one line in each table of `hf_ext.testing`.
+"""
 
 import copy
 import pickle
@@ -14,11 +17,21 @@ from hf_ext.testing import LOSSLESS, SMALL, assert_close, ragged_batch, tiny_mod
 FULL_ATTENTION_ONLY = {"pyramid_infer"}  # refuses models with sliding-window layers by a sentence
 
 ALL = pytest.mark.parametrize("kind", sorted(CACHES))
+STACKS = {
+    "snapkv over decoquant": ["snapkv", {}],
+    "tova over decoquant before RoPE": ["tova", {"pre_rope": True}],
+    "pyramid_infer_cache over decoquant before RoPE": ["pyramid_infer_cache", {"pre_rope": True}],
+}
+WITH_STACKS = pytest.mark.parametrize("kind", [*sorted(CACHES), *STACKS])
 PROMPT = ragged_batch([12, 7, 3])
 
 
 def small(model, kind):
-    return make_cache(model, kind, **SMALL[kind])
+    if kind in CACHES:
+        return make_cache(model, kind, **SMALL[kind])
+    outer, options = STACKS[kind]
+    inner = {"type": "decoquant", **SMALL["decoquant"], "first_block": 6, **options}
+    return make_cache(model, [{"type": outer, **SMALL[outer]}, inner])
 
 
 def generate(model, cache, inputs=PROMPT, **options):
@@ -61,7 +74,7 @@ def test_with_room_for_all_every_way_of_decoding_agrees(kind, options):
     assert torch.equal(ours.sequences, host.sequences)
 
 
-@ALL
+@WITH_STACKS
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}, {"prompt_lookup_num_tokens": 3}, {"num_return_sequences": 2}],
@@ -81,7 +94,7 @@ def test_every_way_of_decoding_runs_and_counts_what_it_saw(kind, options):
         assert length + offset == layer.seen + 3
 
 
-@ALL
+@WITH_STACKS
 def test_a_second_turn_is_fed_its_own_tokens_only(kind):
     model, cache = tiny_model(), None
     cache = small(model, kind)
@@ -94,7 +107,7 @@ def test_a_second_turn_is_fed_its_own_tokens_only(kind):
     assert seen == [6, 1, 1]  # the last token of the answer, the 5 new ones, then one at a time
 
 
-@ALL
+@WITH_STACKS
 def test_bytes_are_those_of_the_storages(kind):
     model = tiny_model()
     cache = small(model, kind)
@@ -108,7 +121,7 @@ def test_bytes_are_those_of_the_storages(kind):
     assert sum(cache.nbytes_by_component().values()) == cache.nbytes()
 
 
-@ALL
+@WITH_STACKS
 def test_reset_makes_it_new(kind):
     model = tiny_model()
     used, fresh = small(model, kind), small(model, kind)
@@ -121,23 +134,23 @@ def test_reset_makes_it_new(kind):
     )
 
 
-def copies(model, cache, folder):
+def copies(model, kind, cache, folder):
     cache.save(folder / "cache.safetensors")
     return {
-        "file": make_cache(model, cache.config).load(folder / "cache.safetensors"),
-        "state_dict": make_cache(model, cache.config).load_state_dict(cache.state_dict()),
+        "file": small(model, kind).load(folder / "cache.safetensors"),
+        "state_dict": small(model, kind).load_state_dict(cache.state_dict()),
         "deepcopy": copy.deepcopy(cache),
         "pickle": pickle.loads(pickle.dumps(cache)),
     }
 
 
-@ALL
+@WITH_STACKS
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_saved_or_copied_cache_goes_on_as_the_first(kind, family, tmp_path):
     model = tiny_model(family if kind not in FULL_ATTENTION_ONLY else "llama")
     cache = small(model, kind)
     generate(model, cache)
-    twins = copies(model, cache, tmp_path)
+    twins = copies(model, kind, cache, tmp_path)
     tail = torch.randint(3, 128, (3, 9))
     expected = [feed(model, cache, piece) for piece in tail.split([1, 5, 3], dim=1)]
     for name, twin in twins.items():
@@ -157,6 +170,8 @@ def test_files_that_are_no_such_cache_are_refused(kind, tmp_path):
         make_cache(tiny_model(num_hidden_layers=2), kind, **SMALL[kind]).load(path)
     with pytest.raises(ValueError, match="options"):
         make_cache(model, kind, **LOSSLESS[kind]).load(path)
+    with pytest.raises(ValueError, match="no state_dict of a cache"):
+        small(model, kind).load_state_dict({"tensors": {}})
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="no whole safetensors file"):
         small(model, kind).load(path)
@@ -165,7 +180,7 @@ def test_files_that_are_no_such_cache_are_refused(kind, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-@ALL
+@WITH_STACKS
 def test_rows_can_be_chosen_repeated_and_reordered(kind):
     model = tiny_model()
     cache = small(model, kind)
@@ -181,7 +196,7 @@ def test_rows_can_be_chosen_repeated_and_reordered(kind):
     assert_close("select", expected[1:2], feed(model, chosen, tail[1:2]), 1e-4)
 
 
-@ALL
+@WITH_STACKS
 def test_crop_takes_back_what_was_recorded(kind):
     model = tiny_model()
     straight, back = small(model, kind), small(model, kind)
@@ -199,7 +214,24 @@ def test_crop_takes_back_what_was_recorded(kind):
         back.crop(-13)
 
 
-@ALL
+@WITH_STACKS
+def test_what_recording_held_back_goes_with_the_crop(kind):
+    model = tiny_model()
+    cache, ids = small(model, kind), torch.randint(3, 128, (2, 104))
+    feed(model, cache, ids[:, :20])
+    cache.activate_past_recording()
+    for piece in ids[:, 20:].split(7, 1):  # as assisted decoding: of every seven tokens two are rejected
+        feed(model, cache, piece)
+        cache.crop(-2)
+    assert cache.get_seq_length() == 80
+    if kind.startswith(("snapkv", "pyramid_kv", "knorm")) and "decoquant" not in kind:
+        return  # they compress prompts only
+    dense = 2 * 4 * 2 * 2 * 16 * 4 * 80  # keys and values, layers, rows, heads, channels, bytes, tokens
+    small_state = sum(size for name, size in cache.nbytes_by_component().items() if name in ("keys", "values"))
+    assert small_state < 0.8 * dense
+
+
+@WITH_STACKS
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_an_interrupted_forward_is_taken_back(kind, family):
     model = tiny_model(family if kind not in FULL_ATTENTION_ONLY else "llama")
@@ -219,7 +251,7 @@ def test_an_interrupted_forward_is_taken_back(kind, family):
     assert_close("logits", feed(model, straight, ids[:, 12:]), feed(model, broken, ids[:, 12:]), 1e-5)
 
 
-@ALL
+@WITH_STACKS
 def test_it_moves_between_devices_with_all_it_holds(kind):
     model = tiny_model()
     cache = small(model, kind)
@@ -231,7 +263,18 @@ def test_it_moves_between_devices_with_all_it_holds(kind):
     assert torch.equal(before, feed(model, cache, PROMPT["input_ids"]))
 
 
-@ALL
+@WITH_STACKS
+def test_moving_leaves_no_stored_token_behind(kind):
+    model = tiny_model()
+    cache = small(model, kind)
+    generate(model, cache)
+    for layer in cache.own_layers:
+        layer.map_rows(lambda tensor: tensor.to("meta"))
+        sizes = {name: t for name, t in vars(layer).items() if isinstance(t, torch.Tensor) and t.numel() > len(t)}
+        assert sizes and all(tensor.is_meta for tensor in sizes.values()), sizes
+
+
+@WITH_STACKS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_it_keeps_the_models_dtype(kind, dtype):
     model = tiny_model().to(dtype)
@@ -241,7 +284,7 @@ def test_it_keeps_the_models_dtype(kind, dtype):
     assert feed(model, cache, PROMPT["input_ids"]).dtype == dtype
 
 
-@ALL
+@WITH_STACKS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_keys_that_are_not_finite_are_refused(kind, bad):
     model = tiny_model()
@@ -256,7 +299,20 @@ def test_keys_that_are_not_finite_are_refused(kind, bad):
     assert cache.get_seq_length() == 60
 
 
-@ALL
+@WITH_STACKS
+def test_another_number_of_rows_is_refused_and_nothing_is_lost(kind):
+    model = tiny_model()
+    cache, straight, ids = small(model, kind), small(model, kind), torch.randint(3, 128, (2, 20))
+    for one in (cache, straight):
+        feed(model, one, ids)
+    with pytest.raises(ValueError, match="holds 2 rows, the new tokens have 3"):
+        feed(model, cache, torch.randint(3, 128, (3, 2)))
+    with pytest.raises(ValueError, match="attention_mask has 1 rows"), torch.no_grad():
+        model(ids[:, :2], attention_mask=torch.ones(1, 22), past_key_values=cache)
+    assert torch.equal(feed(model, straight, ids[:, :2]), feed(model, cache, ids[:, :2]))
+
+
+@WITH_STACKS
 def test_a_row_of_padding_alone_stays_finite(kind):
     model = tiny_model()
     cache, mask = small(model, kind), torch.ones(2, 33, dtype=torch.long)
@@ -268,7 +324,7 @@ def test_a_row_of_padding_alone_stays_finite(kind):
             assert torch.isfinite(out.logits).all()
 
 
-@ALL
+@WITH_STACKS
 def test_a_prompt_of_one_token_will_do(kind):
     model = tiny_model()
     inputs = ragged_batch([1])

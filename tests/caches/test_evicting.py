@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from hf_ext import make_cache
 from hf_ext.caches.observed import SEAM
-from hf_ext.testing import assert_close, ragged_batch, tiny_model
+from hf_ext.testing import SMALL, assert_close, ragged_batch, tiny_model
 
 METHODS = ["h2o", "knorm", "pyramid_kv", "snapkv", "tova"]
 PACKED = {"type": "decoquant", "bits": 2, "first_block": 6, "block_size": 3, "sink_size": 2}
@@ -63,11 +63,34 @@ def test_a_left_padded_batch_equals_single_runs(method, options):
     check_rows_are_independent(model, lambda: make_cache(model, method, **options))
 
 
+@pytest.mark.parametrize("pre_rope", [False, True], ids=["", "pre_rope"])
 @pytest.mark.parametrize("method", METHODS)
-def test_so_does_a_stack_over_packed_storage(method):
+def test_so_does_a_stack_over_packed_storage(method, pre_rope):
     model = tiny_model().double()
     outer = {"type": method, "budget": 14, "recent_size": 1 if method == "tova" else 4}
-    check_rows_are_independent(model, lambda: make_cache(model, [outer, PACKED]))
+    # Angles of the rotation are float32, so what is turned there and back is not double's own.
+    tolerance = 1e-5 if pre_rope else 1e-9
+    check_rows_are_independent(model, lambda: make_cache(model, [outer, {**PACKED, "pre_rope": pre_rope}]), tolerance)
+
+
+@pytest.mark.parametrize("kind", ["snapkv", "tova", "h2o", "pyramid_infer", "pyramid_infer_cache"])
+def test_keys_before_rope_know_their_places_after_others_went(kind):
+    model, ids = tiny_model(), torch.randint(3, 128, (1, 120))
+    outer = {"type": kind, **SMALL[kind], **({} if "pyramid" in kind else {"budget": 60})}
+    packed = make_cache(model, [outer, {**PACKED, "bits": 8, "pre_rope": True}])
+    exact = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=exact)
+        for piece in ids.split([100, *[1] * 20], 1):
+            model(piece, past_key_values=packed)
+    layer = packed.own_layers[2]
+    sinks = int(layer.sink_count[0])
+    recent = layer.places[0, 0, :, 0]
+    places = torch.cat([recent[:sinks], layer.packed_places[0, 0], recent[sinks:]])
+    assert (places.diff() > 0).all() and places[-1] == 119 and len(places) < 118
+    prompt = int((places < 100).sum())
+    expected = exact.layers[2].keys[0][:, places[:prompt]]
+    assert_close("keys", expected, layer._dense(torch.float32)[0][0, :, :prompt], 0.1)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3", "phi3", "gpt_neox", "olmo2"])
@@ -132,12 +155,58 @@ def test_random_operations_keep_the_books(operations, method):
             assert layer.get_mask_sizes(1) == (layer.stored + 1, seen - layer.stored)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_recording_several_forwards_changes_nothing(method):
+    model, ids = tiny_model(), torch.randint(3, 128, (2, 60))
+    recent, layers = 1 if method == "tova" else 4, {"layer_budgets": [1] * 4} if method == "pyramid_kv" else {}
+    straight, recorded = (make_cache(model, method, budget=30, recent_size=recent, **layers) for _ in range(2))
+    with torch.no_grad():
+        for cache in (straight, recorded):
+            model(ids[:, :8], past_key_values=cache)
+        recorded.activate_past_recording()
+        for piece in ids[:, 8:40].split([9, 9, 14], 1):  # the last one alone exceeds the budget
+            for cache in (straight, recorded):
+                model(piece, past_key_values=cache)
+        recorded.crop(0)
+        recorded.end_recording()
+        expected, got = (model(ids[:, 40:], past_key_values=cache).logits for cache in (straight, recorded))
+    assert_close("logits", expected, got, 1e-5)
+
+
+def test_layers_that_share_keys_vote_together():
+    """Under Cross-Layer Attention a producer's own and its consumers' queries count alike."""
+    model = tiny_model()
+    layer = make_cache(model, "h2o", budget=12, recent_size=4).own_layers[0]
+    query, keys = torch.randn(3, 1, 4, 20, 16), torch.randn(1, 2, 20, 16)
+    layer.expect(None, model.model, torch.arange(20)[None])
+    layer.update(keys, keys)
+    alone = [layer.policy.score(layer, one, keys, keys, 0.25) for one in query]
+    for one in query:
+        layer.observe(one, keys, keys, 0.25, None)
+    assert_close("scores", sum(alone), layer._new_scores, 1e-6)
+
+
 def test_a_budget_in_bytes_is_kept():
     model = tiny_model()
     cache = make_cache(model, "snapkv", budget="20KiB", recent_size=4)
     with torch.no_grad():
         model(torch.randint(3, 128, (2, 60)), past_key_values=cache)
-    assert 0.9 * 20 * 1024 < sum(cache.nbytes_by_component()[name] for name in ("keys", "values")) <= 20 * 1024
+    assert 0.9 * 20 * 1024 < cache.nbytes() <= 20 * 1024
+
+
+@pytest.mark.parametrize("inner", [None, {}, {"pre_rope": True}, {"method": "uniform", "group": 8}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_in_bytes_counts_everything(method, inner):
+    model, size = tiny_model(), 64 * 1024
+    outer = {"type": method, "budget": f"{size} B", "recent_size": 1 if method == "tova" else 4}
+    stack = [outer] if inner is None else [outer, {**PACKED, **inner}]
+    cache, generated = make_cache(model, stack), 0 if method in ("snapkv", "pyramid_kv", "knorm") else 30
+    with torch.no_grad():
+        model(torch.randint(3, 128, (2, 400)), past_key_values=cache)
+        for _ in range(generated):
+            model(torch.randint(3, 128, (2, 1)), past_key_values=cache)
+            assert cache.nbytes() <= size
+    assert 0.6 * size < cache.nbytes() <= size
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -159,6 +228,10 @@ def test_a_budget_above_the_length_changes_nothing(method):
         ("h2o", {"budget": 0.0}, "ratio must be above 0"),
         ("tova", {"layer_budgets": [1, 0, 1, 1]}, "positive weights"),
         ("tova", {"layer_budgets": [1, 1]}, "2 weights for 4 layers"),
+        ("tova", {"layer_budgets": [1, float("nan"), 1, 1]}, "positive weights"),
+        ("tova", {"layer_budgets": "1111"}, "positive weights, one for each layer, got '1111'"),
+        ("snapkv", {"budget": 40, "layer_budgets": [1, 1, 1, 0.1]}, "leave 5 of a budget of 40 tokens to one layer"),
+        ("pyramid_kv", {"beta": "20"}, "beta must be a number, got '20'"),
         ("pyramid_kv", {"beta": 0.5}, "beta must be at least 1"),
     ],
 )
@@ -196,3 +269,28 @@ def test_tokens_that_went_cannot_be_taken_back():
         model(torch.randint(3, 128, (1, 30)), past_key_values=cache)
     with pytest.raises(ValueError, match="no longer stored"):
         cache.crop(-5)
+
+
+@pytest.mark.parametrize("kind", ["snapkv", "pyramid_infer_cache"])
+def test_a_saved_stack_goes_into_no_other_storage(kind):
+    model, outer = tiny_model(), {"type": kind, **SMALL[kind]}
+    cache = make_cache(model, [outer, PACKED])
+    with torch.no_grad():
+        model(torch.randint(3, 128, (1, 30)), past_key_values=cache)
+    for other in ([outer], [outer, {**PACKED, "method": "uniform", "group": 8}]):
+        with pytest.raises(ValueError, match="the saved cache is for the storage"):
+            make_cache(model, other).load_state_dict(cache.state_dict())
+    assert make_cache(model, [outer, PACKED]).load_state_dict(cache.state_dict()).nbytes() == cache.nbytes()
+
+
+def test_scores_are_made_only_where_they_are_used():
+    model, calls = tiny_model(num_hidden_layers=1), []  # how many tokens were seen before each call
+    cache = make_cache(model, "tova", budget=12)
+    score = type(cache.config).score
+    token = torch.randint(3, 128, (1, 1))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(type(cache.config), "score", lambda *args: calls.append(cache.committed) or score(*args))
+        for _ in range(39):
+            model(token, past_key_values=cache)
+    assert calls == [20, 29, 38]  # whenever 9 more than the budget are stored
+    assert cache.own_layers[0].stored == 12

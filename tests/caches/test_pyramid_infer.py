@@ -203,6 +203,8 @@ def test_released_presets():
     ("options", "sentence"),
     [
         ({"decay": 1.5}, "decay must be from 0 to 1"),
+        ({"decay": "0.9"}, "decay must be a number, got '0.9'"),
+        ({"distance_weight": float("inf")}, "distance_weight must be a number, got inf"),
         ({"target_ratio": 0}, "target_ratio must be above 0"),
         ({"interval": 0}, "interval must be"),
         ({"distance_weight": 0}, "distance_weight must be positive"),

@@ -18,12 +18,19 @@ from hf_ext.testing import LOSSLESS, SMALL, assert_close, ragged_batch, tiny_mod
 
 LENGTHS = [30, 26, 11, 4]
 ALL = pytest.mark.parametrize("kind", sorted(CACHES))
+INNER = {"type": "decoquant", **SMALL["decoquant"], "first_block": 6, "pre_rope": True}
+STACKS = {f"{kind} over decoquant": [{"type": kind, **SMALL[kind]}, INNER] for kind in ("snapkv", "pyramid_infer")}
+WITH_STACKS = pytest.mark.parametrize("kind", [*sorted(CACHES), *STACKS])
 MOVES = ["one", "some", "take back", "reorder", "repeat", "select", "save", "reset"]
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model().double()
+
+
+def small(model, kind):
+    return make_cache(model, STACKS[kind]) if kind in STACKS else make_cache(model, kind, **SMALL[kind])
 
 
 def forward(model, cache, ids, mask):
@@ -116,12 +123,12 @@ def recomputed(model, pieces):
         return model(ids[None]).logits[0, -1]
 
 
-@ALL
+@WITH_STACKS
 @settings(deadline=None, max_examples=6)
 @given(operations=st.lists(st.sampled_from(MOVES), min_size=4, max_size=8))
 def test_a_row_is_its_own_history(model, kind, operations):
     def make():
-        return make_cache(model, kind, **SMALL[kind])
+        return small(model, kind)
 
     rows = Rows(model, make)
     for name in operations:
@@ -142,18 +149,18 @@ def test_with_room_for_all_a_row_is_its_tokens(model, kind, operations):
         assert_close(f"row {row}", recomputed(model, rows.history[row]), logits, 1e-9)
 
 
-@ALL
+@WITH_STACKS
 @pytest.mark.parametrize("cuts", [[8, 16, 24, 30], [28, 29, 30]], ids=str)
 def test_chunks_that_are_partly_padding_change_nothing(model, kind, cuts):
     batch, tail = ragged_batch(LENGTHS), torch.randint(3, 128, (len(LENGTHS), 3))
     ids = torch.cat([batch["input_ids"], tail], 1)
     mask = torch.cat([batch["attention_mask"], torch.ones_like(tail)], 1)
     ends = [*cuts, 31, 33]
-    together = make_cache(model, kind, **SMALL[kind])
+    together = small(model, kind)
     for begin, end in zip([0, *ends], ends, strict=False):
         got = forward(model, together, ids[:, begin:end], mask[:, :end])
     for row, length in enumerate(LENGTHS):
         own = [ids[row, max(begin, 30 - length) : end] for begin, end in zip([0, *ends], ends, strict=False)]
         pieces = [(piece, 0) for piece in own if len(piece)]
-        expected = replayed(model, lambda: make_cache(model, kind, **SMALL[kind]), pieces)
+        expected = replayed(model, lambda: small(model, kind), pieces)
         assert_close(f"row {row}", expected, got[row, -1], 1e-5)
