@@ -15,6 +15,7 @@ from hf_ext.caches.pyramid_infer import PRESETS
 Make = Callable[[], Any]
 
 DECO4, DECO2 = {"type": "decoquant", "bits": 4}, {"type": "decoquant", "bits": 2}
+DECO2_PRE = {**DECO2, "pre_rope": True}
 
 
 def pyramid(ratio: float, kind: str = "pyramid_infer", **options: Any) -> dict[str, Any]:
@@ -32,19 +33,30 @@ def ours() -> dict[str, Any]:
     table: dict[str, Any] = {
         "decoquant-8": {"type": "decoquant", "bits": 8},
         "decoquant-4": DECO4,
+        "decoquant-4 +0.125 bit": {**DECO4, "extra_bits": 0.125},
         "decoquant-4 +0.5 bit": {**DECO4, "extra_bits": 0.5},
         "decoquant-4 pre-RoPE": {**DECO4, "pre_rope": True},
         "decoquant-4 uniform (released)": {**DECO4, "method": "uniform"},
         "decoquant-2": DECO2,
-        "decoquant-2 pre-RoPE": {**DECO2, "pre_rope": True},
+        "decoquant-2 pre-RoPE": DECO2_PRE,
+        "decoquant-2 +0 bit pre-RoPE": {**DECO2_PRE, "extra_bits": 0.0},
         "sink_window 0.45": {"type": "sink_window", "window_size": int(0.45 * 1024) - 4},
         "pyramid_infer released 7b": {"type": "pyramid_infer", "generation_block": 0},
         "flat 0.75 + decoquant-4": [flat(0.75), DECO4],
+        "flat 0.75 + decoquant-2": [flat(0.75), DECO2],
+        "flat (cache) 0.75 + decoquant-4": [flat(0.75, "pyramid_infer_cache"), DECO4],
+        "flat (cache) 0.75 + decoquant-2": [flat(0.75, "pyramid_infer_cache"), DECO2],
+        "flat (cache) 0.73 + decoquant-2 pre-RoPE": [flat(0.73, "pyramid_infer_cache"), DECO2_PRE],
+        "flat (cache) 0.6 + decoquant 3 bits pre-RoPE": [
+            flat(0.6, "pyramid_infer_cache"),
+            {**DECO2_PRE, "extra_bits": 1.0},
+        ],
         "flat 0.65 + decoquant-2": [flat(0.65), DECO2],
         "flat 0.55 + decoquant 3 bits": [flat(0.55), {**DECO2, "extra_bits": 1.0}],
         "flat 0.42 + decoquant-4": [flat(0.42), DECO4],
         "snapkv 0.42 + decoquant-4": [{"type": "snapkv", "budget": 0.42}, DECO4],
         "snapkv 0.65 + decoquant-2": [{"type": "snapkv", "budget": 0.65}, DECO2],
+        "h2o 0.75 + decoquant-2": [{"type": "h2o", "budget": 0.75}, DECO2],
     }
     for ratio in (0.75, 0.45):
         table[f"pyramid_infer {ratio}"] = pyramid(ratio)

@@ -19,6 +19,7 @@ class RecordConfig(EvictConfig):
     """A policy that drops nothing and keeps what attention was given."""
 
     type: ClassVar[str] = "record"
+    accumulates: ClassVar[bool] = True  # so that it is shown every forward
 
     budget: int | float | str = 1.0
 

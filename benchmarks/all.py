@@ -15,7 +15,7 @@ from pathlib import Path
 ALONE = (
     "cla.py size",
     "cla.py speed",
-    "cla_scratch.py",
+    "cla_scratch.py --work {work}/cla_scratch",
     "buckets.py quality --work {work}/buckets",
     "buckets.py speed",
     "buckets.py overhead",
@@ -27,8 +27,6 @@ ALONE = (
     "adpo_style.py --work {work}/adpo_style",
     "preference.py",
     "reallm_speed.py",
-    "caches.py bytes",
-    "caches.py speed",
 )
 WITH_DATA = (
     "sirllm.py stream --text {wikitext} --states {work}/sirllm",
@@ -36,9 +34,15 @@ WITH_DATA = (
     "sirllm.py grocery --data {data}/dialogue/grocery.jsonl",
     "sirllm.py reply --data {data}/dialogue/dailydialog.jsonl --decay 0.7",
     "sirllm.py games --data {games} --decay 0.9",
+    "caches.py bytes --data {wikitext}",
+    "caches.py speed --data {wikitext} --tokens 4096",
     "caches.py quality --data {wikitext}",
+    "caches.py quality --data {wikitext} --prompt 2048 --keys 0",
+    "caches.py quality --data {wikitext} --prompt 4096 --keys 0 --windows 4",
     "caches.py plot",
+    "caches_cla.py --data {wikitext} --train {books}",
     "cla_conversion.py --train {books} --test {wikitext} --work {work}/cla",
+    "cla_heal.py --train {books} --test {wikitext} --work {work}/cla_heal",
     "reallm_layers.py --calibration {data}/books --text {wikitext}",
     "reallm.py --calibration {data}/books --text {wikitext} --work {work}/reallm",
 )

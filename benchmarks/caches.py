@@ -49,6 +49,7 @@ FAMILIES = {
     "tab:green": "PyramidInfer",
     "tab:gray": "evicting",
     "tab:red": "stacks",
+    "tab:purple": "kvpress",
 }
 
 
@@ -131,25 +132,41 @@ class Needle:
 
 def needles(trials: list[Needle], make: Make) -> dict[str, float]:
     """Means over the trials, with the question inside and outside the compressed prompt."""
-    out = {}
-    for where in ("inside", "outside"):
+    out: dict[str, float] = {}
+    for where in ("inside", "outside") if trials else ():
         found = [trial.ask(make(), where == "inside") for trial in trials]
         out |= {f"{where}_{name}": statistics.mean(answer[name] for answer in found) for name in ("nats", "hit")}
     return out
 
 
+def windows_of(
+    model: Any, ids: Tensor, length: int, count: int, kind: type[Prompt] = Prompt
+) -> list[tuple[Prompt, Tensor]]:
+    """``count`` prompts of ``length`` tokens, each with the tokens that follow it."""
+    starts = [window * max(STRIDE, length + SCORED) + length for window in range(count)]
+    return [(kind(model, ids[at - length : at]), ids[at : at + SCORED]) for at in starts]
+
+
+def texts(
+    model: Any, tokenizer: Any, arguments: argparse.Namespace
+) -> tuple[list[tuple[Prompt, Tensor]], list[Needle], dict[str, int]]:
+    """Windows of ``arguments.prompt`` tokens with what follows them, hidden keys, and the sizes of both."""
+    ids, length, rng = read_ids(tokenizer, arguments), arguments.prompt, random.Random(0)
+    windows = windows_of(model, ids, length, arguments.windows)
+    keys = [str(rng.randrange(10000, 99999)) for _ in range(arguments.keys)]
+    trials = [Needle(model, tokenizer, ids[STRIDE * 10 :], key, depth) for key in keys for depth in DEPTHS]
+    sizes = {"prefill": length, "scored": SCORED, "windows": len(windows), "needles": len(trials), "tokens": NEEDLE}
+    return windows, trials, sizes
+
+
 def run_quality(arguments: argparse.Namespace) -> None:
     """The table of quality against bytes; what an earlier run measured is kept."""
     model, tokenizer = load_model(arguments.model)
-    ids = read_ids(tokenizer, arguments)
-    starts = [window * STRIDE + PREFILL for window in range(arguments.windows)]
-    windows = [(Prompt(model, ids[at - PREFILL : at]), ids[at : at + SCORED]) for at in starts]
-    made, rng = methods(model), random.Random(0)
+    windows, trials, sizes = texts(model, tokenizer, arguments)
+    made = methods(model)
     dense = [continuation(model, *window, made["dense"])[0] for window in windows]
-    keys = [str(rng.randrange(10000, 99999)) for _ in range(arguments.keys)]
-    trials = [Needle(model, tokenizer, ids[STRIDE * 10 :], key, depth) for key in keys for depth in DEPTHS]
-    sizes = {"prefill": PREFILL, "scored": SCORED, "windows": len(windows), "needles": len(trials), "tokens": NEEDLE}
-    report = resume("caches_quality", {"model": arguments.model or MODEL, **sizes})
+    stem = "caches_quality" if arguments.prompt == PREFILL else f"caches_quality_{arguments.prompt}"
+    report = resume(stem, {"model": arguments.model or MODEL, **sizes})
     per_token = 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
     for name, make in chosen(made, arguments.caches).items():
         if any(row["cache"] == name for row in report.rows):
@@ -159,7 +176,7 @@ def run_quality(arguments: argparse.Namespace) -> None:
         except (ValueError, RuntimeError, AssertionError) as error:
             print(f"caches: {name} failed: {str(error).splitlines()[0]}", flush=True)
             continue
-        report.row(cache=name, of_float16=row["bytes"] / (per_token * PREFILL), **row)
+        report.row(cache=name, of_float16=row["bytes"] / (per_token * arguments.prompt), **row)
         report.save()
 
 
@@ -206,7 +223,8 @@ def run_speed(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model)
     ids = read_ids(tokenizer, arguments)[None, : arguments.tokens]
     made = chosen(methods(model), arguments.caches)
-    report = resume("caches_speed", {"model": arguments.model or MODEL})
+    stem = f"caches_speed_{arguments.tag}" if arguments.tag else "caches_speed"
+    report = resume(stem, {"model": arguments.model or MODEL})
     measured = (arguments.tokens, arguments.batch)  # an earlier run of these is replaced
     report.rows = [row for row in report.rows if (row["tokens"], row["batch"]) != measured]
     caches: dict[str, Any] = {}
@@ -260,7 +278,9 @@ def run_plot(arguments: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullLocator
 
-    rows = json.loads((RESULTS / "caches_quality.json").read_text(encoding="utf-8"))["rows"]
+    rows = rows_of("caches_quality") + [
+        {**row, "cache": f"kvpress {row['cache']}"} for row in rows_of("caches_kvpress") if row["cache"] != "dense"
+    ]
     panels = {
         "perplexity": "perplexity of the next 256 tokens",
         "divergence": "divergence from the dense cache (nats a token)",
@@ -287,8 +307,17 @@ def run_plot(arguments: argparse.Namespace) -> None:
     figure.savefig(RESULTS / "caches_quality.png", dpi=110)
 
 
+def rows_of(stem: str) -> list[dict[str, Any]]:
+    """The rows of a result file, none where it is not there."""
+    path = RESULTS / f"{stem}.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return found
+
+
 def family_of(name: str) -> str:
     """What kind of cache a row of the table is."""
+    if name.startswith("kvpress"):
+        return "kvpress"
     if name == "dense" or name.startswith(("host", "KIVI", "basis")):
         return "dense" if name == "dense" else "quantised by others"
     if " + " in name:
@@ -312,12 +341,14 @@ def main() -> None:
     parser.add_argument("part", choices=["quality", "bytes", "speed", "plot"])
     parser.add_argument("--data", default="wiki.test.part1.raw", help="a text file")
     parser.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--prompt", type=int, default=PREFILL, help="tokens that are compressed before 256 are scored")
     parser.add_argument("--windows", type=int, default=8, help="of perplexity")
     parser.add_argument("--keys", type=int, default=3, help="hidden at each of three depths")
     parser.add_argument("--tokens", type=int, default=2048, help="of the prompt, for speed")
     parser.add_argument("--batch", type=int, default=1, help="rows, for speed")
     parser.add_argument("--steps", type=int, default=24, help="decoded tokens, for speed")
     parser.add_argument("--prefills", type=int, default=1, help="of which the median is taken")
+    parser.add_argument("--tag", help="added to the name of the result file of speed, for another machine")
     parser.add_argument("--caches", help="names, separated by commas")
     arguments = parser.parse_args()
     {"quality": run_quality, "bytes": run_bytes, "speed": run_speed, "plot": run_plot}[arguments.part](arguments)
