@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="windows of the first text")
     parser.add_argument("--other-windows", type=int, default=1, help="windows of each other text")
     parser.add_argument("--calibration-windows", type=int, default=16)
+    parser.add_argument("--calibration-length", type=int, default=1024, help="tokens of each")
+    parser.add_argument("--own-windows", type=int, default=0, help="as many more that the model writes itself")
     parser.add_argument("--report", default="reallm", help="name of the result files")
     parser.add_argument("--work", default="out/reallm", help="where finished rows and ReALLM models are kept")
     parser.add_argument("--one", choices=list(METHODS), help=argparse.SUPPRESS)
@@ -158,15 +160,35 @@ def _reallm(options: dict[str, Any], arguments: argparse.Namespace, folder: Path
     from hf_ext.quant.quantize import Progress
     from hf_ext.quant.quantizer import quantize_in_place
 
-    if options.pop("calibrated", False):
-        options |= {"calibration": arguments.calibration, "windows": arguments.calibration_windows}
     model, tokenizer = load_model(arguments.model)
-    config = ReALLMConfig(**options, tokenizer=tokenizer)
+    if options.pop("calibrated", False):
+        ids = _calibration(model, tokenizer, arguments)
+        options |= {"calibration": ids, "windows": len(ids), "window_length": ids.shape[1]}
+    config = ReALLMConfig(**options)
     quantize_in_place(model, config, Progress(folder=_layers(folder), show=sys.stderr.isatty()))
     model.save_pretrained(folder)
     bits = bits_on_disk(folder)
     set_decode_mode(model, "once")
     return model, bits["linear"], bits["whole_file"]
+
+
+def _calibration(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> torch.Tensor:
+    """Windows of the calibration text and of the model's own, in turn, so that a survey of the first few sees both."""
+    from hf_ext.quant.calibration import calibration_windows, sampled_windows
+
+    count, length = arguments.calibration_windows, arguments.calibration_length
+    text = calibration_windows(arguments.calibration, tokenizer, count, length)
+    if not arguments.own_windows:
+        return text
+    kept = Path(arguments.work, f"own-{arguments.own_windows}x{length}.pt")
+    if not kept.exists():
+        start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(sampled_windows(model, arguments.own_windows, length, start), kept)
+    own = torch.load(kept)
+    both = min(count, len(own))
+    mixed = torch.stack([text[:both], own[:both]], 1).flatten(0, 1)
+    return torch.cat([mixed, text[both:], own[both:]])
 
 
 def _layers(folder: Path) -> Path:

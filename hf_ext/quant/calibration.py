@@ -44,6 +44,40 @@ def calibration_windows(source: Any, tokenizer: Any, windows: int, length: int) 
     return torch.stack([ids[start : start + length] for start in starts])
 
 
+@torch.no_grad()
+def sampled_windows(model: Any, windows: int, length: int, start: int | None = None, seed: int = 0) -> Tensor:
+    """Token ids ``[windows, length]`` that the model writes itself, drawn from its own distribution.
+
+    Calibration without any text (LLM-QAT, arXiv 2305.17888), or beside text: it covers what the model was trained on.
+
+    Args:
+        model: a causal language model.
+        windows: how many.
+        length: tokens in each.
+        start: the first token of each; None takes ``bos_token_id`` of the model's config.
+        seed: of the draw.
+
+    Raises:
+        ValueError: there is no first token.
+    """
+    start = model.config.get_text_config(decoder=True).bos_token_id if start is None else start
+    if start is None:
+        raise ValueError(f"{type(model).__name__} names no bos_token_id; pass start=, the first token to go on from.")
+    first = torch.full((windows, 1), start, device=model.device)
+    options = {"max_new_tokens": length - 1, "min_new_tokens": length - 1, "eos_token_id": [], "pad_token_id": start}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model.generate(
+            first,
+            attention_mask=torch.ones_like(first),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            **options,
+        )
+
+
 def _text(source: Any) -> str:
     if isinstance(source, str | PathLike):
         path = Path(source)

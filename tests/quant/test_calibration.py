@@ -7,6 +7,7 @@ from hf_ext.quant.calibration import (
     capture_block_inputs,
     find_blocks,
     output_gradients,
+    sampled_windows,
 )
 from hf_ext.testing import tiny_model
 
@@ -97,6 +98,18 @@ def test_output_gradients_are_those_of_the_loss_and_leave_the_model_alone():
         loss = torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
         total += torch.autograd.grad(loss, kept[0])[0][0].double().square().sum(0)
     torch.testing.assert_close(found.double(), total / 20, rtol=1e-4, atol=1e-8)
+
+
+def test_sampled_windows_follow_the_models_own_distribution():
+    model = tiny_model()
+    windows = sampled_windows(model, 6000, 2, start=5, seed=1)
+    assert windows.shape == (6000, 2) and (windows[:, 0] == 5).all()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[5]])).logits[0, -1].softmax(-1)
+    found = torch.bincount(windows[:, 1], minlength=len(expected)) / 6000
+    assert (found - expected).abs().sum() / 2 < 0.1  # 128 tokens: about 0.055 by chance
+    assert torch.equal(windows[:8], sampled_windows(model, 6000, 2, start=5, seed=1)[:8])
+    assert sampled_windows(model, 3, 20).shape == (3, 20)  # no token ends a window
 
 
 def test_a_model_without_blocks_is_refused():
