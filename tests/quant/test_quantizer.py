@@ -275,6 +275,22 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
+def test_format_1_is_still_read(plain, tmp_path):
+    """It had no trellis: neither ``state_bits`` nor ``rates``."""
+    model = load(plain, quantization_config=ReALLMConfig(bits=3, rank=2, decoder="identity"))
+    model.save_pretrained(tmp_path / "new")
+
+    def age(saved):
+        saved.update(format_version=1)
+        for shape in (saved, *saved["shapes"]):
+            shape.pop("state_bits")
+            shape.pop("rates", None)
+
+    (tmp_path / "old").mkdir()
+    batch = ragged_batch([9, 4])
+    assert torch.equal(load(edited(tmp_path / "new", tmp_path / "old", age))(**batch).logits, model(**batch).logits)
+
+
 @pytest.mark.parametrize("shard", ["5GB", "40KB"])
 @pytest.mark.parametrize("over", [False, True])
 def test_nothing_half_written_is_taken_for_whole(plain, quantized, tmp_path, full_disk, shard, over):
