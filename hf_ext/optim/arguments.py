@@ -5,6 +5,8 @@ from typing import Any
 
 from hf_ext.optim.fadam import FAdam
 
+OF_THE_HOST = {"weight_decay": "weight_decay", "betas": "adam_beta1 and adam_beta2"}  # the first would be overwritten
+
 
 def fadam_optimizer(args: Any, **overrides: Any) -> tuple[type[FAdam], dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes: the class and its keyword arguments.
@@ -18,8 +20,8 @@ def fadam_optimizer(args: Any, **overrides: Any) -> tuple[type[FAdam], dict[str,
         **overrides: options of `FAdam` that win over all of these.
 
     Raises:
-        ValueError: ``optim_args`` or ``overrides`` name an option that FAdam does not have, or give one a value it
-            cannot have.
+        ValueError: ``optim_args`` or ``overrides`` name an option that FAdam does not have, or ``optim_args`` one that
+            the host has an argument for.
     """
     options = {
         "lr": args.learning_rate,
@@ -39,6 +41,10 @@ def _parse(text: str) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"optim_args must read 'option=value,option=value', got {item!r}.")
         _check_name(name)
+        if name in OF_THE_HOST:
+            raise ValueError(
+                f"optim_args must not set {name}: the host's own {OF_THE_HOST[name]} does, for every group."
+            )
         options[name] = _value(value)
     return options
 

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ from hf_ext.optim import blockwise
 from hf_ext.optim.sharding import check_whole, local_grad, local_part, sharding_of, sum_over_shards
 
 STATES = ("momentum", "fisher")
+SWITCHES: dict[str, tuple[bool | None, ...]] = {
+    "maximize": (False, True),
+    "capturable": (False, True),
+    "foreach": (False, True, None),
+    "fused": (False, True, None),
+}
 STRONG_DECAY = 0.02  # above this a weight decay is taken for one that was chosen for AdamW
 
 
@@ -285,14 +292,18 @@ def _check(options: dict[str, Any]) -> None:
     lr, betas = options["lr"], options["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr as a tensor must have one element, got shape {list(lr.shape)}.")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(_within(beta, 0, 1) for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}.")
     for name in ("lr", "eps", "eps2", "weight_decay"):
-        if not (options[name] >= 0 and options[name] < math.inf):
+        if not _within(options[name], 0, math.inf):
             raise ValueError(f"{name} must be a number of at least 0, got {options[name]!r}.")
     for name in ("clip", "decay_cap", "p"):
-        if not (options[name] is None and name != "p") and not options[name] > 0:
-            raise ValueError(f"{name} must be above 0{'' if name == 'p' else ' or None'}, got {options[name]!r}.")
+        value, optional = options[name], name != "p"
+        if not ((value is None and optional) or (_within(value, 0, math.inf) and value > 0)):
+            raise ValueError(f"{name} must be above 0{' or None' if optional else ''}, got {value!r}.")
+    for name, allowed in SWITCHES.items():
+        if not any(options[name] is choice for choice in allowed):
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {options[name]!r}.")
     if options["clip"] is None and options["decay_cap"] is None and options["weight_decay"]:
         raise ValueError(
             "clip=None leaves the preconditioned decay without a bound: where no gradient has been seen it is the "
@@ -314,6 +325,11 @@ def _check(options: dict[str, Any]) -> None:
             f"weight_decay * clip whatever the size of the weights, about fifty times AdamW's. 0.001 is the default.",
             stacklevel=4,
         )
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    """Whether ``value`` is a number, or a tensor of one, in [low, high)."""
+    return isinstance(value, Real | Tensor) and low <= float(value) < high
 
 
 def _check_state(key: Any, state: dict[str, Any] | None, param: Tensor) -> None:

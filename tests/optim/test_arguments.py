@@ -1,4 +1,5 @@
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from hf_ext import FAdam, fadam_optimizer
@@ -35,9 +36,27 @@ def test_overrides_win_over_optim_args(tmp_path):
     [
         ("rank=4", {}, "FAdam has no option 'rank'; allowed: lr, betas, eps, weight_decay, eps2, clip"),
         (None, {"params": []}, "no option 'params'"),
+        ("weight_decay=0.1", {}, "must not set weight_decay: the host's own weight_decay does"),
+        ("betas=0.9", {}, "must not set betas: the host's own adam_beta1 and adam_beta2"),
         ("clip", {}, "must read 'option=value,option=value', got 'clip'"),
     ],
 )
 def test_unknown_options(tmp_path, optim_args, overrides, words):
     with pytest.raises(ValueError, match=words):
         fadam_optimizer(arguments(tmp_path, optim_args=optim_args), **overrides)
+
+
+@pytest.mark.parametrize(
+    ("optim_args", "words"),
+    [
+        ("lr=abc", "lr must be a number of at least 0, got 'abc'"),
+        ("clip=x", "clip must be above 0 or None, got 'x'"),
+        ("p=none", "p must be above 0, got None"),
+        ("maximize=no", "maximize must be one of False, True, got 'no'"),
+        ("fused=maybe", "fused must be one of False, True, None, got 'maybe'"),
+    ],
+)
+def test_values_that_an_option_cannot_have(tmp_path, optim_args, words):
+    cls, options = fadam_optimizer(arguments(tmp_path, optim_args=optim_args))
+    with pytest.raises(ValueError, match=words):
+        cls([torch.nn.Parameter(torch.zeros(2))], **options)
