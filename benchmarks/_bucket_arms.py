@@ -63,10 +63,10 @@ def as_dataset(documents: list[np.ndarray]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": [np.append(document, EOS) for document in documents]})
 
 
-def batch_of(ids: np.ndarray) -> Batch:
-    """Ids ``[B, L]`` that are also the labels."""
+def batch_of(ids: np.ndarray, labels: np.ndarray | None = None) -> Batch:
+    """Ids ``[B, L]`` and their labels, by default the ids."""
     tensor = torch.from_numpy(np.ascontiguousarray(ids))
-    return {"input_ids": tensor, "labels": tensor}
+    return {"input_ids": tensor, "labels": tensor if labels is None else torch.from_numpy(labels)}
 
 
 def chunks(stream: np.ndarray, length: int, tokens: int) -> Iterator[list[Batch]]:
@@ -98,16 +98,20 @@ def packs(documents: list[np.ndarray], length: int, tokens: int, seed: int) -> I
             step = []
 
 
-def buckets(documents: list[np.ndarray], shortest: int, length: int, tokens: int, seed: int, **options: Any) -> Any:
+def buckets(
+    documents: list[np.ndarray], shortest: int, length: int, tokens: int, seed: int, remainder: str, **options: Any
+) -> Any:
     """The decomposed documents as a dataset, and the sampler of their batches."""
-    rows = decompose(as_dataset(documents), min_length=shortest, max_length=length).with_format("numpy")
+    rows = decompose(as_dataset(documents), min_length=shortest, max_length=length, remainder=remainder)
+    rows = rows.with_format("numpy")
     return rows, BucketBatchSampler(rows, tokens, seed=seed, **options)
 
 
 def bucket_batches(rows: Any, sampler: BucketBatchSampler) -> Iterator[list[Batch]]:
     """One micro-batch a step, all its rows of one length."""
     for batch in sampler:
-        yield [batch_of(np.stack(rows[batch]["input_ids"]))]
+        found = rows[batch]
+        yield [batch_of(*(np.stack(found[name]) for name in ("input_ids", "labels") if name in found))]
 
 
 def arm_steps(name: str, documents: list[np.ndarray], options: dict[str, Any], seed: int) -> Iterator[list[Batch]]:
@@ -122,7 +126,8 @@ def arm_steps(name: str, documents: list[np.ndarray], options: dict[str, Any], s
         return packs(shuffled, length, tokens, seed)
     curriculum = {"curriculum": "uniform", "cycles": 1} if name.endswith("uniform") else {"cycles": 8}
     mixture = "natural" if "natural" in name else "equal"
-    rows, sampler = buckets(shuffled, shortest, length, tokens, seed, mixture=mixture, **curriculum)
+    remainder = "pad" if "-pad-" in name else "drop"
+    rows, sampler = buckets(shuffled, shortest, length, tokens, seed, remainder, mixture=mixture, **curriculum)
     rows, sampler = _shorter_epoch(rows, sampler, options["steps"], curriculum)
     if name == "same-rows-chunked":  # the very rows of the equal mixture, shuffled, concatenated and cut
         used = np.random.default_rng(seed).permutation([row for batch in sampler for row in batch])

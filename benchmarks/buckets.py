@@ -1,9 +1,10 @@
 """Bucketed-length training against concat-and-chunk and TRL's packing: loss, time, and what the formula predicts.
 
-Three parts, each with its own results file; times are CPU seconds of this process on one thread, so that other work
+Parts, each with its own results file; times are CPU seconds of this process on one thread, so that other work
 on the machine does not enter:
 
     python benchmarks/buckets.py quality    # a small Llama trained on equal tokens, three seeds (about half an hour)
+    python benchmarks/buckets.py control    # where the loss is won: other arms of the same experiment
     python benchmarks/buckets.py speed      # seconds a step by length, and the speed-up the FLOP formula predicts
     python benchmarks/buckets.py overhead   # decomposition, sampler memory and look-up for 100 million sequences
 """
@@ -29,15 +30,24 @@ from hf_ext.data.bucket_sampler import BucketBatchSampler
 from hf_ext.data.cost import training_flops
 from hf_ext.data.decompose import decompose
 
-ARMS = (
-    "concat-chunk",
-    "trl-bfd",
-    "buckets-equal-grow-p2x8",
-    "buckets-natural-grow-p2x8",
-    "concat-chunk-equal-time",
-    "buckets-equal-uniform",
-    "same-rows-chunked",
-)  # the last, a control, only on request
+ARMS = {
+    "quality": (
+        "concat-chunk",
+        "trl-bfd",
+        "buckets-equal-grow-p2x8",
+        "buckets-natural-grow-p2x8",
+        "concat-chunk-equal-time",
+        "buckets-equal-uniform",
+    ),
+    "control": (
+        "concat-chunk",
+        "same-rows-chunked",  # the rows of the equal mixture, concatenated and cut
+        "buckets-equal-grow-p2x8",
+        "buckets-natural-grow-p2x8",
+        "buckets-equal-pad-grow-p2x8",  # with the ends of documents, which are dropped otherwise
+        "buckets-natural-pad-grow-p2x8",
+    ),
+}
 PAPER_TABLE_1 = {256: 1, 512: 1, 1024: 1, 2048: 1, 4096: 1, 8192: 1}  # "at least 256", the paper's main mixture
 
 
@@ -68,7 +78,7 @@ def loss_sum(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
 
 @torch.no_grad()
 def validate(model: Any, held_out: list[np.ndarray], context: int) -> dict[str, float]:
-    """Mean loss in nats a token of held-out documents (cut at ``context``): all, by document length, by position."""
+    """Mean loss in nats a token of held-out documents (cut at ``context``): all, by document length and place."""
     sums: dict[str, list[float]] = {}
     model.eval()
     for document in held_out:
@@ -76,7 +86,8 @@ def validate(model: Any, held_out: list[np.ndarray], context: int) -> dict[str, 
         logits = model(input_ids=ids).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
         kind = "short" if len(document) < 256 else "middle" if len(document) < 1024 else "long"
-        parts = {"all": losses, f"{kind}_documents": losses, "first_64": losses[:64], "beyond_1024": losses[1024:]}
+        parts = {"all": losses, f"{kind}_documents": losses, "first_64": losses[:64], "beyond_1024": losses[1024:],
+                 "end": losses[-1:] if len(document) < context else losses[:0]}  # fmt: skip
         for name, part in parts.items():
             total = sums.setdefault(name, [0.0, 0])
             total[0], total[1] = total[0] + float(part.sum()), total[1] + len(part)
@@ -156,7 +167,7 @@ def quality(arguments: argparse.Namespace) -> None:
 
 def report_quality(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[str, Any], arguments: Any) -> None:
     """Rows of every run, means over seeds, speed-ups measured and predicted, and the picture of loss over time."""
-    report = Report("buckets_quality", settings)
+    report = Report(f"buckets_{arguments.part}", settings)
     for run in runs.values():
         report.row(**{name: value for name, value in run.items() if name not in ("curve", "tokens_by_length", "step")})
     base = [runs["concat-chunk", seed] for seed in range(arguments.seeds)]
@@ -216,7 +227,7 @@ def _plot(runs: dict[tuple[str, int], dict[str, Any]], arguments: Any) -> None:
     )
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / "buckets_quality.png", dpi=110)
+    figure.savefig(RESULTS / f"buckets_{arguments.part}.png", dpi=110)
 
 
 def step_seconds(model: Any, batch: Batch, repeats: int) -> float:
@@ -235,7 +246,7 @@ def speed(arguments: argparse.Namespace) -> None:
     context, shapes = 8192, {"attention-heavy": (64, 4, 4), "small": (128, 2, 4), "wide": (256, 2, 4)}
     report = Report("buckets_speed", {"context": context, "tokens_per_step": context, "shapes": shapes})
     data = corpus(arguments.data, arguments.held_out)
-    rows, _ = buckets(data.train, 256, context, context, 0)
+    rows, _ = buckets(data.train, 256, context, context, 0, "drop")
     of_library = {
         1 << int(k): int(n) << int(k) for k, n in zip(*np.unique(rows["bucket"], return_counts=True), strict=True)
     }
@@ -336,12 +347,12 @@ def overhead(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("quality", "speed", "overhead"))
+    parser.add_argument("part", choices=("quality", "control", "speed", "overhead"))
     parser.add_argument("--data", type=Path, help="folder with .txt documents (default: the interpreter's library)")
     parser.add_argument(
         "--work", type=Path, help="folder that keeps finished training runs, to go on after an interrupt"
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:-1]))
+    parser.add_argument("--arms", nargs="+", choices={arm for arms in ARMS.values() for arm in arms})
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--context", type=int, default=2048)
@@ -349,9 +360,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=100_000_000)
     arguments = parser.parse_args()
+    arguments.arms = arguments.arms or ARMS.get(arguments.part)
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    {"quality": quality, "speed": speed, "overhead": overhead}[arguments.part](arguments)
+    {"quality": quality, "control": quality, "speed": speed, "overhead": overhead}[arguments.part](arguments)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,15 @@ SHAPES = {
         *[(256,)] * 5,
     ],
 }
+
+
+OPTIMIZERS = ("AdamW", "FAdam")
+VARIATIONS: tuple[dict[str, Any], ...] = (
+    {"optim_bits": 8},
+    *({"eps_mode": mode} for mode in ("fixed", "rms_min", "rms_max")),
+    {"clip": None, "decay_cap": 10.0},
+    {"max_norm": math.inf},
+)
 
 
 def parity(report: Report, peer: str, steps: int) -> None:
@@ -221,55 +230,66 @@ def _held_out_loss(model: nn.Module, data: Tensor, length: int) -> float:
     return sum(len(rows) * model(input_ids=rows, labels=rows).loss.item() for rows in batches) / windows
 
 
-def convergence(report: Report, task: Task, seeds: int, learning_rates: list[float], beta2s: list[float]) -> None:
-    """Train with every learning rate and beta2 on every seed; compare the settings of the lowest mean."""
-    best: dict[str, tuple[float, float, float]] = {}
+def convergence(
+    report: Report, task: Task, seeds: int, finalists: int, learning_rates: list[float], beta2s: list[float]
+) -> None:
+    """Both optimizers on one grid and seed 0, the best settings of each on other seeds, then FAdam's options."""
     finished = _finished(report)
 
-    def run(part: str, name: str, lr: float, beta2: float, seed: int = 0, **options: Any) -> float:
-        label = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+    def run(part: str, name: str, lr: float, beta2: float, seed: int, max_norm: float = 1.0, **options: Any) -> float:
+        varied = {**({} if max_norm == 1 else {"max_grad_norm": max_norm}), **options}
+        label = " ".join([name, *(f"{key}={value}" for key, value in varied.items())])
         row: dict[str, Any] = {"part": part, "optimizer": label, "lr": lr, "beta2": beta2, "seed": seed}
-        if tuple(row.values()) in finished:
-            done = finished[tuple(row.values())]
-            loss, rms = done["held_out_nats"], done["weight_rms"]
-        else:
-            _, loss, rms = train(task, name, lr, beta2, seed, **options)
-        report.row(**row, held_out_nats=loss, weight_rms=rms)
-        report.save()
-        return loss
+        done = finished.pop(tuple(row.values()), None)
+        if done is None:
+            _, loss, rms = train(task, name, lr, beta2, seed, max_norm, **options)
+            done = {**row, "held_out_nats": loss, "weight_rms": rms}
+        report.row(**done)
+        _save(report, list(finished.values()))
+        return float(done["held_out_nats"])
 
-    for name in ("AdamW", "FAdam"):
-        for lr, beta2 in itertools.product(learning_rates, beta2s):
-            mean = statistics.mean(run("grid", name, lr, beta2, seed) for seed in range(seeds))
-            best[name] = min(best.get(name, (math.inf, 0.0, 0.0)), (mean, lr, beta2))
+    best = {}
+    for name in OPTIMIZERS:
+        grid = itertools.product(learning_rates, beta2s)
+        tuned = sorted((run("grid", name, lr, beta2, 0), lr, beta2) for lr, beta2 in grid)
+        means = []
+        for _, lr, beta2 in tuned[:finalists]:
+            losses = [run("compare", name, lr, beta2, seed) for seed in range(1, seeds + 1)]
+            means.append((statistics.mean(losses), lr, beta2))
+        best[name] = min(means)
     for name, (mean, lr, beta2) in best.items():
         gap = mean - best["AdamW"][0]
-        report.row(part="best", optimizer=name, lr=lr, beta2=beta2, seeds=seeds, held_out_nats=mean, minus_adamw=gap)
+        report.row(part="best", optimizer=name, lr=lr, beta2=beta2, seed="mean", held_out_nats=mean, minus_adamw=gap)
+    report.save()
     _, lr, beta2 = best["FAdam"]
-    versions: tuple[dict[str, Any], ...] = (
-        {"optim_bits": 8},
-        *({"eps_mode": mode} for mode in ("fixed", "rms_min", "rms_max")),
-        {"clip": None, "decay_cap": 10.0},
-    )
-    for options in versions:
-        run("versions", "FAdam", lr, beta2, **options)
+    for options in VARIATIONS:
+        run("vary", "FAdam", lr, beta2, 1, **options)
 
 
 def _finished(report: Report) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The trainings that an interrupted run with the same settings has saved."""
+    """The trainings of this task that an earlier run has saved, also one with another grid."""
     path = report.folder / f"{report.stem}.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if record.get("settings") != report.settings:
+    task = [field.name for field in fields(Task)]
+    if any(record.get("settings", {}).get(name) != report.settings[name] for name in task):
         return {}
     names = ("part", "optimizer", "lr", "beta2", "seed")
     return {tuple(row.get(name) for name in names): row for row in record["rows"] if row["part"] != "best"}
+
+
+def _save(report: Report, waiting: list[dict[str, Any]]) -> None:
+    """Save with the trainings of an earlier run whose turn has not come, so that an interruption loses none."""
+    own = report.rows
+    report.rows = [*own, *waiting]
+    report.save()
+    report.rows = own
 
 
 def spikes(report: Report, task: Task) -> None:
     """One step of noise in place of the gradients, with and without the hosts' clipping of the global norm."""
     curves = {}
     at = task.steps * 2 // 5
-    for name in ("AdamW", "FAdam"):
+    for name in OPTIMIZERS:
         for max_norm in (math.inf, 1.0):
             losses, held_out, _ = train(task, name, 3e-3, 0.999, 0, max_norm, spike=at)
             label = f"{name}, " + ("no global clipping" if math.isinf(max_norm) else "max_grad_norm=1")
@@ -303,28 +323,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("parity", "step", "convergence", "spike"))
     parser.add_argument("--peer", help="a folder with pytorch_optimizer 4.1.0")
+    parser.add_argument("--suffix", default="", help="of the names of the results")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--beta2s", type=float, nargs="+", default=[0.95, 0.999])
-    parser.add_argument("--hidden", type=int, default=96)
+    parser.add_argument("--finalists", type=int, default=3, help="settings of each optimizer that the seeds compare")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3, 1.2e-2])
+    parser.add_argument("--beta2s", type=float, nargs="+", default=[0.95, 0.99, 0.999])
+    parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128, help="bytes of a window")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64, help="bytes of a window")
+    parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
     if options.part == "parity" and not options.peer:
         parser.error("parity needs --peer: a folder with pytorch_optimizer 4.1.0")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="weight_decay")  # the peer's default is compared as it is
     task = Task(options.hidden, options.layers, options.length, options.batch, options.steps)
-    report = Report(f"fadam_{options.part}", vars(options) | {"peer": bool(options.peer)})
+    report = Report(f"fadam_{options.part}{options.suffix}", vars(options) | {"peer": bool(options.peer)})
     if options.part == "parity":
         parity(report, options.peer, options.steps)
     elif options.part == "step":
         step_costs(report, options.peer, options.repeats)
     elif options.part == "convergence":
-        convergence(report, task, options.seeds, options.learning_rates, options.beta2s)
+        convergence(report, task, options.seeds, options.finalists, options.learning_rates, options.beta2s)
     else:
         spikes(report, task)
     report.save()
