@@ -12,6 +12,7 @@ found as benchmarks/_peers.py says.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -184,7 +185,9 @@ def _calibration(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> t
     if not kept.exists():
         start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(sampled_windows(model, arguments.own_windows, length, start), kept)
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        torch.save(sampled_windows(model, arguments.own_windows, length, start), unfinished)
+        unfinished.replace(kept)
     own = torch.load(kept)
     both = min(count, len(own))
     mixed = torch.stack([text[:both], own[:both]], 1).flatten(0, 1)
