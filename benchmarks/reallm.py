@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -108,6 +109,7 @@ def _row(method: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(done.stdout.strip().splitlines()[-1], encoding="utf-8")
+        shutil.rmtree(_layers(_place(method, arguments)), ignore_errors=True)
     row: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
     return row
 
