@@ -37,10 +37,12 @@ def main() -> None:
     models = {name: load() for name, load in _loaders(arguments).items()}
     models = {name: model for name, model in models.items() if model is not None}
     with torch.no_grad():  # quanto's tensors do not work in inference mode
+        for model in models.values():
+            _prefill(model, 16)  # tables are made, kernels compiled
         readers = {name: partial(_prefill, model, arguments.prefill) for name, model in models.items()}
-        prefill = report.interleaved(readers, arguments.repeats)
+        prefill = report.interleaved(readers, arguments.repeats, warmup=0)
         decoders = {name: _decoder(model, arguments.tokens) for name, model in models.items()}
-        decode = report.interleaved(decoders, arguments.repeats)
+        decode = report.interleaved(decoders, arguments.repeats, warmup=0)
     for name, model in models.items():
         linear, stored = _linear_bytes(model)
         report.row(
@@ -62,7 +64,8 @@ def _loaders(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         "dense bfloat16": partial(_load, arguments.model, half),
         "NF4 (bitsandbytes)": lambda: load_nf4(arguments.model, half)[0],
         "NF4 (bitsandbytes), float32": lambda: load_nf4(arguments.model, single)[0],
-        "quanto int4": partial(_quanto, arguments.model),
+        "quanto int4": partial(_quanto, arguments.model, half),
+        "quanto int4, float32": partial(_quanto, arguments.model, single),
     }
     for decoder in arguments.decoders:
         for bits in (3, 2):
@@ -82,13 +85,13 @@ def _load(name: str | None, dtype: torch.dtype) -> Any:
     return load_model(name, dtype=dtype)[0]
 
 
-def _quanto(name: str | None) -> Any:
+def _quanto(name: str | None, dtype: torch.dtype) -> Any:
     """The model with the int4 weights of optimum-quanto, or None where that is not installed."""
     try:
         from optimum.quanto import freeze, qint4, quantize
     except ImportError:
         return None
-    model = _load(name, torch.bfloat16)
+    model = _load(name, dtype)
     quantize(model, weights=qint4, exclude="lm_head")
     freeze(model)
     return model
