@@ -1,18 +1,20 @@
-"""Step time and peak memory of SPO and ADPO over TRL's DPOTrainer: one process, the same data, steps interleaved.
+"""Time, multiplications and memory of a step of SPO and ADPO over TRL's DPOTrainer, on the same data.
 
-Run: python benchmarks/preference.py [--repeats 30]. Writes benchmarks/results/preference.json and .csv.
+Run: python benchmarks/preference.py [--repeats 20]. Writes benchmarks/results/preference.json and .csv.
 
-Time: every method in one process on the same batch of the same tiny-to-small Llama, one training step (forward,
-backward, optimiser) each in turn, medians. Memory: each method in a process of its own, the resident set's peak beyond
-what importing and building the model took, so that it counts references, activations and optimiser states.
+Every method trains the same small Llama on the same batch, for three shares of the prompt, since SPO and ADPO compute
+the prompt of an example once ("rows": every response with its prompt, as DPOTrainer does).
+
+step: seconds of a training step (forward, backward, optimiser), medians, all methods in turn in one process.
+work: what no other load on the machine can change: floating-point operations of the step's matrix products and
+attention (all of a row's square), and the greatest sum of bytes in live tensors, from building the trainer to the
+step's end: weights, references, activations, gradients and optimiser states.
 """
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,9 @@ from _preference import QUIET
 from _run import Report
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from trl import DPOConfig, DPOTrainer
 
 from hf_ext.data.preference_toy import tiny_llama, word_tokenizer
@@ -30,40 +35,45 @@ from hf_ext.trainers.spo_config import SPOConfig
 from hf_ext.trainers.spo_trainer import SPOTrainer
 
 HIDDEN, LAYERS, BATCH, WORDS = 256, 4, 4, 2000
-PROMPT, REPLY = 24, 40  # tokens
+LENGTHS = {"8+56": (8, 56), "24+40": (24, 40), "40+24": (40, 24)}  # tokens of prompt and reply
+COMMON = "24+40"
 STORED = {"precompute_ref_log_probs": True}
 ROUND_TWO = {"prev_betas": [0.1]}
+ROWS = {"share_prompt": False}
 # Name -> (trainer, config, options). "online" keeps the frozen policies at hand, "stored" reads log-probabilities.
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "DPO online": (DPOTrainer, DPOConfig, {}),
     "DPO stored": (DPOTrainer, DPOConfig, STORED),
     "SPO round 1 online": (SPOTrainer, SPOConfig, {}),
     "SPO chain online": (SPOTrainer, SPOConfig, ROUND_TWO),
+    "SPO chain online, rows": (SPOTrainer, SPOConfig, {**ROUND_TWO, **ROWS}),
     "SPO stored": (SPOTrainer, SPOConfig, {**ROUND_TWO, **STORED}),
     "ADPO online": (ADPOTrainer, ADPOConfig, {}),
+    "ADPO online, rows": (ADPOTrainer, ADPOConfig, ROWS),
     "ADPO stored": (ADPOTrainer, ADPOConfig, STORED),
+    "ADPO stored, rows": (ADPOTrainer, ADPOConfig, {**STORED, **ROWS}),
 }
 
 
-def rows(count: int = 32) -> list[dict[str, str]]:
+def rows(lengths: str, count: int = 32) -> list[dict[str, str]]:
     """Random words of equal lengths, so that no method is helped by padding."""
     generator = torch.Generator().manual_seed(0)
 
     def text(length: int) -> str:
         return " ".join(f"w{i}" for i in torch.randint(WORDS, (length,), generator=generator).tolist())
 
+    prompt, reply = LENGTHS[lengths]
     names = ("chosen", "rejected", "toxic")
-    return [{"prompt": text(PROMPT), **{name: " " + text(REPLY) for name in names}} for _ in range(count)]
+    return [{"prompt": text(prompt), **{name: " " + text(reply) for name in names}} for _ in range(count)]
 
 
-def build(name: str, kind: str, hidden: int = HIDDEN, layers: int = LAYERS) -> Any:
+def build(name: str, kind: str, lengths: str) -> Any:
     """A trainer ready for its first step.
 
     Args:
         name: a key of `METHODS`.
         kind: "full" trains all weights, with frozen models; "lora" adapters on one base.
-        hidden: width of the model.
-        layers: its depth.
+        lengths: a key of `LENGTHS`.
     """
     cls, config, options = METHODS[name]
     tokenizer = word_tokenizer([*(f"w{i}" for i in range(WORDS)), "[TOXIC]"])
@@ -72,17 +82,27 @@ def build(name: str, kind: str, hidden: int = HIDDEN, layers: int = LAYERS) -> A
         **{**QUIET, "logging_steps": 1000}, **options,
     )  # fmt: skip
     extra: dict[str, Any] = {}
-    model = tiny_llama(tokenizer, hidden, layers)
+    model = tiny_llama(tokenizer, HIDDEN, LAYERS)
     if kind == "lora":
         from peft import get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     elif not options.get("precompute_ref_log_probs"):
-        extra["ref_model"] = tiny_llama(tokenizer, hidden, layers)
+        extra["ref_model"] = tiny_llama(tokenizer, HIDDEN, LAYERS)
     if cls is SPOTrainer and "prev_betas" in options:
-        extra["prev_policies"] = [None if kind == "lora" else tiny_llama(tokenizer, hidden, layers, seed=1)]
-    data = Dataset.from_list(rows())
+        extra["prev_policies"] = [None if kind == "lora" else oldest_policy(tokenizer, options)]
+    data = Dataset.from_list(rows(lengths))
     return cls(model, args=args, train_dataset=data, processing_class=tokenizer, **extra)
+
+
+def oldest_policy(tokenizer: Any, options: dict[str, Any]) -> Any:
+    """``pi_0`` as a model, or where its log-probabilities are stored as a folder, so that it can be let go."""
+    model = tiny_llama(tokenizer, HIDDEN, LAYERS, seed=1)
+    if not options.get("precompute_ref_log_probs"):
+        return model
+    folder = tempfile.mkdtemp()
+    model.save_pretrained(folder)
+    return folder
 
 
 def stepper(trainer: Any) -> Callable[[], None]:
@@ -101,61 +121,114 @@ def stepper(trainer: Any) -> Callable[[], None]:
 
 
 def measure_time(report: Report, kind: str, repeats: int) -> None:
-    """Median seconds of a step of every method, interleaved."""
-    steps = {name: stepper(build(name, kind)) for name in METHODS}
-    seconds = report.interleaved(steps, repeats=repeats, warmup=3)
-    for name, value in seconds.items():
-        report.row(quantity="step", kind=kind, method=name, value=value, over_dpo=value / seconds["DPO online"])
+    """Median seconds of a step of every method, interleaved; adapters at the common lengths only."""
+    for lengths in LENGTHS if kind == "full" else (COMMON,):
+        steps = {name: stepper(build(name, kind, lengths)) for name in METHODS}
+        seconds = report.interleaved(steps, repeats=repeats if lengths == COMMON else max(1, repeats // 2), warmup=2)
+        for name, value in seconds.items():
+            over_dpo = value / seconds["DPO online"]
+            report.row(quantity="seconds", kind=kind, lengths=lengths, method=name, value=value, over_dpo=over_dpo)
+        report.save()
 
 
-def peak_memory(name: str, kind: str) -> int:
-    """Peak resident bytes of building the trainer and three steps, beyond the imports; in this process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = stepper(build(name, kind, hidden=1024, layers=8))
-    for _ in range(3):
-        step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+def attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
+    """Of the CPU's attention, which PyTorch's counter does not know; from shapes ``[B, H, T, D]``."""
+    return sdpa_flop_count(query, key, value)
 
 
-def measure_memory(report: Report, kind: str) -> None:
-    """Peak memory of every method, each in a process of its own."""
-    peaks = {}
-    for name in METHODS:
-        command = [sys.executable, __file__, "--memory-of", name, "--kind", kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[name] = int(done.stdout.strip().splitlines()[-1])
-    for name, value in peaks.items():
-        report.row(quantity="memory", kind=kind, method=name, value=value, over_dpo=value / peaks["DPO online"])
+def attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
+    """Of its backward."""
+    return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-def keep_other_rows(report: Report, quantity: str, kind: str) -> None:
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Sums the storages of all tensors made while it is on and still alive; ``peak`` is the greatest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it returns."""
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage: Any) -> None:
+        """Add a storage that is new, and take it off again when it is freed."""
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+
+    def forget(self, key: int, size: int) -> None:
+        """A storage is freed."""
+        self.known.discard(key)
+        self.now -= size
+
+
+def work(name: str, kind: str, lengths: str) -> dict[str, int]:
+    """Operations of one step, and the peak of live bytes, with the optimiser's states in place."""
+    live = LiveBytes()
+    with live:
+        trainer = build(name, kind, lengths)
+        step = stepper(trainer)
+        for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            step()
+    return {"flops": counter.get_total_flops(), "bytes": live.peak}
+
+
+def measure_work(report: Report, kind: str, repeats: int) -> None:
+    """Operations and bytes of every method; both are exact, so nothing is repeated."""
+    for lengths in LENGTHS if kind == "full" else (COMMON,):
+        found = {name: work(name, kind, lengths) for name in METHODS}
+        for quantity in ("flops", "bytes"):
+            for name, values in found.items():
+                over_dpo = values[quantity] / found["DPO online"][quantity]
+                value = values[quantity]
+                report.row(quantity=quantity, kind=kind, lengths=lengths, method=name, value=value, over_dpo=over_dpo)
+        report.save()
+
+
+MEASURES = {"step": (measure_time, {"seconds"}), "work": (measure_work, {"flops", "bytes"})}
+
+
+def keep_other_rows(report: Report, quantities: set[str], kind: str) -> None:
     """Carry over what earlier calls measured, so that the parts can run in several short calls."""
     path = report.folder / f"{report.stem}.json"
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        report.rows = [row for row in stored if (row["quantity"], row["kind"]) != (quantity, kind)]
+        report.rows = [row for row in stored if row["quantity"] not in quantities or row["kind"] != kind]
 
 
 def main() -> None:
     """Measure one quantity of one kind, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--quantity", choices=("step", "memory"), help="only this one")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--quantity", choices=tuple(MEASURES), help="only this one")
     parser.add_argument("--kind", choices=("full", "lora"), help="only this one")
-    parser.add_argument("--memory-of", choices=tuple(METHODS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of:
-        print(peak_memory(options.memory_of, options.kind))
-        return
-    settings = {"hidden": HIDDEN, "layers": LAYERS, "batch": BATCH, "prompt_tokens": PROMPT, "reply_tokens": REPLY}
-    report = Report("preference", {**settings, "repeats": options.repeats, "memory_model": "1024 wide, 8 layers"})
+    settings = {"hidden": HIDDEN, "layers": LAYERS, "batch": BATCH, "vocabulary": WORDS, "repeats": options.repeats}
+    report = Report("preference", settings)
     for kind in [options.kind] if options.kind else ("full", "lora"):
-        for quantity in [options.quantity] if options.quantity else ("step", "memory"):
-            keep_other_rows(report, quantity, kind)
-            if quantity == "step":
-                measure_time(report, kind, options.repeats)
-            else:
-                measure_memory(report, kind)
+        for name in [options.quantity] if options.quantity else MEASURES:
+            measure, quantities = MEASURES[name]
+            keep_other_rows(report, quantities, kind)
+            measure(report, kind, options.repeats)
             report.save()
 
 

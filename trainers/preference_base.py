@@ -90,7 +90,8 @@ class PreferenceTrainer(DPOTrainer):
         self._eval_prefix = "eval"
         values["args"] = self._own_config(model, values["args"])
         check_adapters(model, ref_model)
-        if ref_model is None and values["peft_config"] is None and reload_would_differ(model):
+        needed = not values["args"].precompute_ref_log_probs  # then the model is scored before its first step
+        if needed and ref_model is None and values["peft_config"] is None and reload_would_differ(model):
             values["ref_model"] = frozen_copy(model)
         return values
 

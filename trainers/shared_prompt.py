@@ -72,12 +72,27 @@ class SharedPrompt:
         )
 
     def _pays(self, ids: Tensor, layout: "Layout") -> bool:
-        """Whether the joint rows cost less and fit a sliding window, counted in multiplications of a decoder layer."""
+        """Whether the joint rows fit a sliding window and cost less; a plain row needs half of its attention only."""
         window = getattr(self.config, "sliding_window", None)
         if window is not None and ids.size(1) > window:
             return False
-        width = 12 * self.config.hidden_size  # projections and MLP of a common decoder, a token and hidden unit
-        return layout.positions.numel() * (width + 2 * layout.width) < ids.numel() * (width + 2 * ids.size(1))
+        joint = layout.positions.numel() * token_cost(self.config, layout.width)
+        return joint < ids.numel() * token_cost(self.config, ids.size(1) / 2)
+
+
+def token_cost(config: Any, seen: float) -> float:
+    """Multiplications of a common decoder layer for a token, a third of forward and backward.
+
+    Args:
+        config: of the language model.
+        seen: how many positions the token's attention is computed with.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    cached = getattr(config, "num_key_value_heads", None) or heads
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    projections = hidden * (2 * (heads + cached) * head_dim + 3 * inner)
+    return projections + 2 * 3.5 / 3 * seen * heads * head_dim  # backward recomputes the attention's scores
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Frozen policies of earlier SPO rounds: adapters on the trained model's base, or models of their own."""
 
 import contextlib
+import gc
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,17 @@ def freeze_policy(trainer: Any, source: Any, k: int) -> FrozenPolicy:
     model = _load_model(trainer, source) if isinstance(source, str) else source
     weights = hash_module(model) if trainer.precompute_ref_logps else None  # before it may be sharded
     return FrozenPolicy(model=_prepare(trainer, model), weights=weights)
+
+
+def release_models(trainer: Any, policies: dict[int, FrozenPolicy]) -> dict[int, FrozenPolicy]:
+    """The policies that are adapters; the memory of the others is given back, but for models that the caller holds."""
+    models = {id(policy.model) for policy in policies.values()}
+    kept = {k: policy for k, policy in policies.items() if policy.model is None}
+    policies.clear()
+    accelerator = trainer.accelerator  # which keeps what it has prepared, and has no way to let go of one
+    accelerator._models = [model for model in accelerator._models if id(model) not in models]
+    gc.collect()  # a model with TRL's fused forward is part of a cycle
+    return kept
 
 
 def score_frozen(trainer: Any, policy: FrozenPolicy, inputs: dict[str, Any]) -> Tensor:

@@ -26,7 +26,14 @@ from hf_ext.trainers.spo_manifest import (
     read_manifest,
     write_manifest,
 )
-from hf_ext.trainers.spo_policies import FrozenPolicy, continue_adapter, freeze_policy, is_adapter_folder, score_frozen
+from hf_ext.trainers.spo_policies import (
+    FrozenPolicy,
+    continue_adapter,
+    freeze_policy,
+    is_adapter_folder,
+    release_models,
+    score_frozen,
+)
 from hf_ext.trainers.spo_stored import STORED, has_stored, read_stored, refuse_other_model
 
 
@@ -86,7 +93,7 @@ class SPOTrainer(PreferenceTrainer):
             raise ValueError("The train dataset has images; SPO beyond round 1 takes text only.")
         self._freeze(self.train_dataset)
         if self.precompute_ref_logps:  # models have done their part; another dataset to evaluate loads them again
-            self._frozen = {k: policy for k, policy in self._frozen.items() if policy.model is None}
+            self._frozen = release_models(self, self._frozen)
 
     def _prepare_arguments(self, values: dict[str, Any]) -> dict[str, Any]:
         args = values["args"] = self._own_config(values["model"], values["args"])

@@ -92,6 +92,20 @@ def test_reference_is_the_weights_in_memory_and_stays_frozen(preference, tmp_pat
     assert not all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_stored_references_need_no_copy(preference, tmp_path, name):
+    model = tiny_llama(preference.tokenizer, seed=4)
+    online, stored = (
+        build(*CLASSES[name], frozen_copy(model).requires_grad_(), preference, tmp_path, precompute_ref_log_probs=kept)
+        for kept in (False, True)
+    )
+    online.train()
+    stored.train()
+    assert online.ref_model is not None and stored.ref_model is None
+    losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (online, stored)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
 def test_quantizer_flag_and_missing_path_call_for_a_copy(preference):
     model = AutoModelForCausalLM.from_pretrained(preference.folder(1))
     assert not reload_would_differ(model) and not reload_would_differ(preference.folder(1))

@@ -1,6 +1,7 @@
 """SPOTrainer against TRL's DPOTrainer, against float64 NumPy from raw logits, and against itself on other paths."""
 
 import copy
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 pytest.importorskip("trl")
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from hf_ext.trainers.losses import spo_margin_weights
@@ -194,6 +195,14 @@ def test_stored_equals_online_and_a_new_multiplier_reuses_the_columns(preference
     assert not again._frozen
     assert losses(again) == pytest.approx(losses(fresh), abs=1e-6)
     assert losses(again) != pytest.approx(losses(stored), abs=1e-4)
+
+
+def test_stored_policies_leave_no_model_in_memory(preference, tmp_path):
+    gc.collect()
+    before = {id(item) for item in gc.get_objects() if isinstance(item, LlamaForCausalLM)}
+    trainer = round_two(preference, tmp_path, preference.rows(4), True)
+    alive = [item for item in gc.get_objects() if isinstance(item, LlamaForCausalLM) and id(item) not in before]
+    assert [id(item) for item in alive] == [id(trainer.model)]
 
 
 def test_stored_columns_of_another_model_are_refused(preference, tmp_path):
