@@ -73,7 +73,7 @@ def convert_to_cla(
 
 @contextmanager
 def probe(model: Any, sources: tuple[int, ...], moments: Mapping[int, Moments] | None = None) -> Iterator[None]:
-    """Inside the block a dense model shares as the map says, with all its weights; outside it is as before.
+    """Inside the block a model shares as the map says, with all its weights; outside it is as before.
 
     Example:
         ```python
@@ -83,48 +83,70 @@ def probe(model: Any, sources: tuple[int, ...], moments: Mapping[int, Moments] |
         ```
 
     Args:
-        model: the dense model.
+        model: a dense model, or one that shares already, as far as the map goes on sharing what it shares.
         sources: the map.
         moments: from `collect_moments`, to measure ``init="fit"``.
 
     Raises:
-        ValueError: the model's layers share already, or its architecture is not supported.
+        ValueError: a layer that has no keys and values is to be a producer, or the architecture is not supported.
     """
-    if shared_layers(model):
-        raise ValueError("Only a dense model can be probed, and the layers of this one share already.")
     decoder = model.get_decoder()
     architecture = architecture_of(decoder, "probe")
     attentions = attentions_of(decoder, architecture)
+    before = shared_layers(model)
+    if gone := [layer for layer in before if sources[layer] == layer]:
+        raise ValueError(
+            f"Layers {gone} of this model read other layers' keys and values and have none to probe with."
+        )
     kept = {layer: copy.deepcopy(attentions[layer].state_dict()) for layer in moments or ()}
     try:
         for layer, found in (moments or {}).items():
             turn_consumer(attentions[layer], found)
+        disconnect(decoder, attentions)
         connect(decoder, attentions, sources, architecture.cache_argument)
         yield
     finally:
         disconnect(decoder, attentions)
+        if before:
+            connect(decoder, attentions, as_map(before, len(attentions)), architecture.cache_argument)
         for layer, state in kept.items():
             attentions[layer].load_state_dict(state)
 
 
-@torch.no_grad()
+def as_map(shared: Mapping[int, int], layers: int) -> tuple[int, ...]:
+    """The map of sources from `shared_layers`."""
+    return tuple(shared.get(layer, layer) for layer in range(layers))
+
+
 def collect_moments(model: Any, pairs: Mapping[int, int], ids: Tensor) -> dict[int, Moments]:
     """Sums over a calibration text of the keys and values of every new consumer and its source, ``pairs``."""
+    moments = {layer: Moments() for layer in pairs}
+    for cache in remembered(model, ids):
+        for layer, found in moments.items():
+            add_tokens(found, cache, layer, pairs[layer])
+    return moments
+
+
+def remembered(model: Any, ids: Tensor) -> Iterator[Any]:
+    """A cache with the keys and values of all layers for each window of a calibration text `[T]`."""
     from transformers import DynamicCache
 
-    moments = {layer: Moments() for layer in pairs}
     training = model.training
     model.eval()
     try:
         for window in ids.reshape(1, -1).split(WINDOW, dim=1):
             kept = DynamicCache()  # without a config every layer keeps every token, sliding windows too
-            model(input_ids=window.to(model.device), past_key_values=kept, use_cache=True)
-            for layer, found in moments.items():
-                own, other = kept.layers[layer], kept.layers[pairs[layer]]
-                found.add(own.keys.cpu(), own.values.cpu(), other.keys.cpu(), other.values.cpu())
+            with torch.no_grad():
+                model.get_decoder()(input_ids=window.to(model.device), past_key_values=kept, use_cache=True)
+            yield kept
     finally:
         model.train(training)
-    return moments
+
+
+def add_tokens(moments: Moments, cache: Any, layer: int, source: int) -> None:
+    """Count a cache's tokens for one consumer and its source."""
+    own, other = cache.layers[layer], cache.layers[source]
+    moments.add(own.keys.cpu(), own.values.cpu(), other.keys.cpu(), other.values.cpu())
 
 
 @torch.no_grad()

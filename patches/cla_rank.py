@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ext.cla.ranking import PairLoss, propose_map, within_bytes
+from hf_ext.cla.shared import shared_layers
 from hf_ext.evaluation import perplexity
 from hf_ext.patches.cla_config import LayerKind, layer_kinds
 from hf_ext.patches.cla_convert import collect_moments, probe
@@ -37,8 +38,10 @@ def rank_layers(
         progress: show a progress bar.
 
     Raises:
-        ValueError: ``init`` is unknown, or ``reach`` is below 1.
+        ValueError: ``init`` is unknown, ``reach`` is below 1, or the model's layers share already.
     """
+    if shared_layers(model):
+        raise ValueError("Only a dense model can be ranked, and the layers of this one share already.")
     if init not in ("copy", "fit"):
         raise ValueError(f"init must be copy or fit for a ranking, got {init!r}.")
     if reach < 1:

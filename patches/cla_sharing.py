@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ext.cla.shared import LAST_READER, SOURCE
-
-CONTAINER = "shared_kv_states"
+from hf_ext.cla.shared import CONTAINER, LAST_READER, SOURCE
 
 
 class SharedKeysAndValues:

@@ -1,4 +1,4 @@
-"""`heal`: distil a converted model back towards its dense original, resumable, with settings that suit that."""
+"""`heal`: bring a converted model back towards its dense original, layer by layer and then as a whole; resumable."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ext.trainers.cla_distill import CLADistillTrainer
 from hf_ext.trainers.cla_distill_config import CLADistillArguments
+from hf_ext.trainers.cla_layerwise import heal_layerwise
 
 
 def heal(
@@ -22,20 +23,26 @@ def heal(
     tokens: int,
     length: int = 512,
     rows: int = 2,
+    layer_tokens: int = 16384,
+    passes: int = 8,
     save_steps: int = 25,
     callbacks: Sequence[TrainerCallback] = (),
     **options: Any,
 ) -> CLADistillTrainer:
-    """Train ``student`` in place on the first ``tokens`` tokens of a text; run again, it goes on from its checkpoint.
+    """Train ``student`` in place: `heal_layerwise`, then `CLADistillTrainer` on the first ``tokens`` tokens of a text.
+
+    Run again with the same folder, it goes on from what is there.
 
     Args:
         student: the converted model.
         teacher: the dense model.
         ids: token ids `[T]` of a text, cut into rows.
         folder: for checkpoints; they hold model, optimiser and position.
-        tokens: how many to train on; more than the text has means more than one epoch.
+        tokens: how many to distil on; more than the text has means more than one epoch.
         length: tokens a row.
         rows: rows a step.
+        layer_tokens: how many of the text's first tokens are for `heal_layerwise`; 0 leaves that out.
+        passes: of `heal_layerwise` over them.
         save_steps: steps between checkpoints; only the last one is kept.
         callbacks: callbacks of the trainer.
         options: further `CLADistillArguments`.
@@ -64,6 +71,9 @@ def heal(
         "use_cpu": not torch.cuda.is_available(),
         "remove_unused_columns": False,
     }
+    if layer_tokens:
+        given = {"passes": passes, "window": length, "folder": folder}
+        heal_layerwise(student, teacher, ids[:layer_tokens], progress=not options.get("disable_tqdm"), **given)
     args = CLADistillArguments(output_dir=str(folder), **{**settings, **options})
     dataset: Any = [{"input_ids": chunk} for chunk in chunks]
     trainer = CLADistillTrainer(student, teacher, args, train_dataset=dataset, callbacks=list(callbacks))

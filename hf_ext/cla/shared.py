@@ -3,6 +3,7 @@
 from typing import Any
 
 SOURCE = "kv_source_layer"  # on an attention module: whose keys and values it uses
+CONTAINER = "shared_kv_states"  # the argument in which keys and values travel through a forward
 LAST_READER = "kv_last_reader"  # on an attention module: whether no later layer reads the same ones
 
 

@@ -36,7 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--separate-kv-norm", action="store_true", help="a norm of its own for keys and values")
     convert.add_argument("--text", metavar="FILE", help="text for the init and for healing")
     convert.add_argument("--calibration-tokens", type=int, default=8192, help="for the init (default: %(default)s)")
+    convert.add_argument(
+        "--search-tokens",
+        type=int,
+        default=1536,
+        help="with --ranking and --text: measure the map step by step on so many tokens; 0 takes the ranking's losses "
+        "as additive (default: %(default)s)",
+    )
     convert.add_argument("--heal-tokens", type=int, default=0, help="tokens of distillation (default: none)")
+    convert.add_argument(
+        "--layer-tokens",
+        type=int,
+        default=16384,
+        help="tokens to heal each layer by itself on before that; 0 for none",
+    )
     convert.add_argument("--learning-rate", type=float, default=5e-4, help="of the healing (default: %(default)s)")
 
 
@@ -118,16 +131,21 @@ def run_convert(arguments: argparse.Namespace) -> int:
     ids = None if text is None else tokenize(tokenizer, text)
     init: Any = arguments.init or ("copy" if ids is None else "fit")
     calibration = None if ids is None else ids[: arguments.calibration_tokens]
+    work = output.with_name(output.name + ".work")
     config = _config(arguments, model)
+    searches = arguments.ranking and arguments.search_tokens and ids is not None
+    if searches or arguments.heal_tokens:
+        check_work(work, {"text": _digest(text or ""), **_settings(arguments)})
+    if searches:
+        config = _searched(arguments, model, ids, work)
     print(f"converting with init={init}: {human_bytes(model.kv_bytes_per_token())} of keys and values a token before")
     converted = convert_to_cla(model, config, init, calibration)
-    work = output.with_name(output.name + ".work")
     if arguments.heal_tokens:
         assert ids is not None  # checked above
         from hf_ext.trainers.cla_heal import heal
 
-        check_work(work, {"cla": config.to_dict(), "init": init, "text": _digest(text or ""), **_healing(arguments)})
-        heal(converted, model, ids, work, tokens=arguments.heal_tokens, learning_rate=arguments.learning_rate)
+        options = {"learning_rate": arguments.learning_rate, "layer_tokens": arguments.layer_tokens}
+        heal(converted, model, ids, work, tokens=arguments.heal_tokens, **options)
     save_atomically(converted, tokenizer, output)
     shutil.rmtree(work, ignore_errors=True)
     print(f"wrote {output}: {human_bytes(converted.kv_bytes_per_token())} of keys and values a token")
@@ -209,15 +227,41 @@ def _config(arguments: argparse.Namespace, model: Any) -> Any:
     return CLAConfig(arguments.factor, arguments.pattern, separate_kv_norm=separate)
 
 
+def _searched(arguments: argparse.Namespace, model: Any, ids: Any, work: Path) -> Any:
+    """The map that measuring step by step finds, every measurement written down."""
+    from hf_ext.cla.config import CLAConfig
+    from hf_ext.patches.cla_search import search_map
+
+    path = work / "search.json"
+    known = {tuple(sources): nats for sources, nats in json.loads(path.read_text())} if path.exists() else {}
+
+    def write(sources: tuple[int, ...], nats: float) -> None:
+        known[sources] = nats
+        _write_json(path, [[list(one), value] for one, value in known.items()])
+
+    found = search_map(
+        model,
+        ids[: arguments.search_tokens],
+        int(model.kv_bytes_per_token() * arguments.keep),
+        read_ranking(Path(arguments.ranking)),
+        known=known,
+        done=write,
+        progress=sys.stderr.isatty(),
+    )
+    return CLAConfig(kv_source_layers=found, separate_kv_norm=arguments.separate_kv_norm)
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _healing(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("model", "heal_tokens", "learning_rate", "calibration_tokens")}
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What must stay the same for a conversion to go on from where it was interrupted."""
+    left_out = ("command", "action", "output", "text", "run")
+    return {name: value for name, value in vars(arguments).items() if name not in left_out and not callable(value)}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, path)

@@ -56,6 +56,31 @@ def test_rank_resumes_and_convert_uses_it(folder, capsys):
     assert main(["cla", "info", str(out)]) == 0 and "shares already" in capsys.readouterr().out
 
 
+def test_convert_searches_the_map_and_goes_on_when_interrupted(folder, capsys, monkeypatch):
+    from hf_ext.cli import cla as command
+    from hf_ext.patches import cla_search
+
+    text, ranking, out = folder / "text.txt", folder / "ranking.json", folder / "out"
+    words = ("--text", text, "--tokens", 200, "--window", 100, "--reach", 2, "--output", ranking)
+    assert cla(folder, "rank", *words) == 0
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    words = ("--ranking", ranking, "--keep", 0.6, "--text", text, "--search-tokens", 200, "--output", out)
+    with monkeypatch.context() as broken:
+        broken.setattr(command, "save_atomically", fail)
+        assert cla(folder, "convert", *words) == 1
+    measured = json.loads((folder / "out.work" / "search.json").read_text())
+    assert len(measured) >= 2 and not out.exists()
+    monkeypatch.setattr(cla_search._Search, "measure", fail)  # nothing is measured again
+    assert cla(folder, "convert", *words) == 0
+    shares = shared_layers(AutoModelForCausalLM.from_pretrained(out))
+    sources = [shares.get(layer, layer) for layer in range(5)]
+    assert len(shares) == 2 and sources in [one for one, _ in measured]
+    assert not (folder / "out.work").exists()
+
+
 def test_convert_heals_and_writes_at_once(folder, capsys):
     out = folder / "out"
     words = ("--text", folder / "text.txt", "--heal-tokens", 2048, "--output", out)

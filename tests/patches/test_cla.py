@@ -114,6 +114,11 @@ def test_beams_samples_and_drafts(family):
     for options in ({"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3}):
         options |= {"max_new_tokens": 8, "do_sample": False}
         assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        drawn.append(model.generate(**batch, max_new_tokens=8, do_sample=True, use_cache=use_cache))
+    assert torch.equal(*drawn)
     plain = model.generate(**one, max_new_tokens=8, do_sample=False, use_cache=False)
     if family not in ("mistral", "gemma2", "gemma3_text"):  # the host refuses drafts with sliding-window caches
         drafted = model.generate(**one, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
@@ -238,7 +243,7 @@ def test_copies_and_pickles_share_within_themselves():
             assert torch.equal(expected, model(**batch).logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("family", [one for one in FAMILIES if one not in ("phi3", "gpt_neox", "olmo2")])
 def test_separate_norm_starts_as_the_same_function(family):
     stock, batch = model_of(family), ragged_batch([9, 5])
     own = tiny_model(family, hf_ext={"cla": {"separate_kv_norm": True}})
@@ -248,7 +253,7 @@ def test_separate_norm_starts_as_the_same_function(family):
         norms = [m for name, m in own.named_modules() if name.endswith("kv_norm")]
         for norm in norms:
             norm.weight.mul_(0.5).add_(0.25)
-        assert (stock(**batch).logits - own(**batch).logits).abs().max() > 1e-3
+        assert (stock(**batch).logits - own(**batch).logits).abs().max() > 1e-4
     greedy = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(own.generate(**batch, **greedy), own.generate(**batch, **greedy, use_cache=False))
 

@@ -126,9 +126,24 @@ def test_separate_norms_cannot_be_dropped():
     assert shared_layers(own) == {1: 0, 3: 2}
 
 
-def test_only_a_dense_model_is_probed_and_ranked():
+def test_only_a_dense_model_is_ranked():
     with pytest.raises(ValueError, match="the layers of this one share already"):
         rank_layers(convert_to_cla(tiny_model("llama"), {}), TEXT, window=64)
+
+
+def test_a_model_that_shares_is_probed_further_and_put_back():
+    shared = convert_to_cla(tiny_model("llama"), {"kv_source_layers": [0, 0, 2, 3]})
+    ids = TEXT[None, :30]
+    with torch.no_grad():
+        before = shared(ids).logits
+        with probe(shared, (0, 0, 2, 2)):
+            probed = shared(ids).logits
+        assert torch.equal(shared(ids).logits, before)
+        further = convert_to_cla(shared, {"kv_source_layers": [0, 0, 2, 2]})
+        assert torch.equal(further(ids).logits, probed)
+    refused = pytest.raises(ValueError, match=r"Layers \[1\] of this model read other layers' keys and values")
+    with refused, probe(shared, (0, 1, 2, 2)):
+        pass
 
 
 def test_other_flags_stay():
@@ -158,8 +173,9 @@ def test_adapters_and_fused_projections_are_refused():
     adapted = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"without adapters; call merge_and_unload\(\) first"):
         convert_to_cla(adapted, {})
-    with pytest.raises(ValueError, match="needs separate query and output projections"):
-        convert_to_cla(tiny_model("gpt_neox"), {}, "fit", TEXT)
+    for family in ("gpt_neox", "phi3"):
+        with pytest.raises(ValueError, match="needs separate query and output projections"):
+            convert_to_cla(tiny_model(family), {}, "fit", TEXT)
 
 
 def test_ranking_finds_the_layer_that_costs_nothing_and_resumes():
@@ -197,13 +213,15 @@ def test_candidates_stay_within_a_kind():
     assert candidates(kinds) == [(2, 0), (3, 1)] and candidates(kinds, 2) == []
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"])
 def test_fit_finds_heads_that_changed_places(family):
-    """A layer with the keys and values of the one before it in another order of heads loses nothing."""
+    """A layer with the keys and values of the one of its kind before it in another order of heads loses nothing."""
     model = tiny_model(family, num_key_value_heads=2, num_attention_heads=4)
-    first, second = (model.model.layers[layer].self_attn for layer in (0, 1))
-    for silent in (first.o_proj, model.model.layers[0].mlp.down_proj):  # so that both layers see the same states
-        silent.weight.data.zero_()
+    reader = 2 if family.startswith("gemma") else 1
+    first, second = (model.model.layers[layer].self_attn for layer in (0, reader))
+    for layer in model.model.layers[:reader]:  # so that both layers see the same states
+        for silent in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            silent.weight.data.zero_()
     for name in ("k_proj", "v_proj", "k_norm"):
         for key, parameter in first.named_parameters():
             if key.startswith(name):
@@ -212,7 +230,8 @@ def test_fit_finds_heads_that_changed_places(family):
                     swapped = parameter.data.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
                 second.get_parameter(key).data.copy_(swapped)
     batch = {"input_ids": TEXT[None, :64]}
-    shared = {init: convert_to_cla(model, {"kv_source_layers": [0, 0, 2, 3]}, init, TEXT) for init in ("copy", "fit")}
+    sources = [0 if layer == reader else layer for layer in range(4)]
+    copied, fitted = (convert_to_cla(model, {"kv_source_layers": sources}, init, TEXT) for init in ("copy", "fit"))
     dense = model(**batch).logits
-    assert_close("fit", dense, shared["fit"](**batch).logits, 0.02)
-    assert (shared["copy"](**batch).logits - dense).norm() > 10 * (shared["fit"](**batch).logits - dense).norm()
+    assert_close("fit", dense, fitted(**batch).logits, 0.02)
+    assert (copied(**batch).logits - dense).norm() > 10 * (fitted(**batch).logits - dense).norm()

@@ -15,6 +15,7 @@ from hf_ext.trainers.cla_heal import heal
 
 TEXT = torch.randint(3, 128, (4000,), generator=torch.Generator().manual_seed(0))
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+WHOLE = {**QUIET, "layer_tokens": 0}  # without healing layer by layer first
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_healing_brings_the_student_nearer(teacher, tmp_path, weights):
     student = convert_to_cla(teacher, {"sharing_factor": 2})
     before, frozen = kl(student, teacher), student.model.layers[0].mlp.up_proj.weight.clone()
     trainer = heal(
-        student, teacher, TEXT, tmp_path, tokens=64 * 2 * 20, length=64, learning_rate=3e-3, **QUIET, **weights
+        student, teacher, TEXT, tmp_path, tokens=64 * 2 * 20, length=64, learning_rate=3e-3, **WHOLE, **weights
     )
     assert weights.get("kl_weight") == 0.0 or kl(student, teacher) < 0.75 * before
     assert torch.equal(frozen, student.model.layers[0].mlp.up_proj.weight)
@@ -52,7 +53,7 @@ def test_an_interrupted_healing_goes_on_as_if_it_had_not_been(teacher, tmp_path)
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = control.should_save = state.global_step == 4
 
-    options = {"tokens": 64 * 2 * 8, "length": 64, **QUIET}
+    options = {"tokens": 64 * 2 * 8, "length": 64, "layer_tokens": 256, "passes": 2, **QUIET}
     whole = convert_to_cla(teacher, {"sharing_factor": 2})
     heal(whole, teacher, TEXT, tmp_path / "whole", **options)
     first = convert_to_cla(teacher, {"sharing_factor": 2})
@@ -66,7 +67,7 @@ def test_an_interrupted_healing_goes_on_as_if_it_had_not_been(teacher, tmp_path)
 def test_the_teacher_stays_and_is_not_saved(teacher, tmp_path):
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     student = convert_to_cla(teacher, {"sharing_factor": 2})
-    trainer = heal(student, teacher, TEXT, tmp_path, tokens=64 * 4, length=64, save_steps=2, **QUIET)
+    trainer = heal(student, teacher, TEXT, tmp_path, tokens=64 * 4, length=64, save_steps=2, **WHOLE)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     trainer.save_model(str(tmp_path / "final"))
     saved = json.loads((tmp_path / "final" / "config.json").read_text())

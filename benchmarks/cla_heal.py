@@ -1,0 +1,201 @@
+"""From the dense real model to a healed one: search the map, fit, heal layer by layer, distil; perplexity after each.
+
+Run: python benchmarks/cla_heal.py --train books/*.txt --test wiki.test.raw --work FOLDER [--consumers 6 10 15]
+Every finished measurement, layer-wise weights and checkpoints are kept in FOLDER; run again, it goes on from there.
+The ranking comes from benchmarks/results/cla_conversion.json. Writes benchmarks/results/cla_heal.json and .csv.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from _notes import Notes
+from _run import RESULTS, Report
+from cla_conversion import even_map
+from torch import Tensor
+from transformers import TrainerCallback
+
+from hf_ext.cla.plan import consumers
+from hf_ext.cla.ranking import PairLoss, propose_map
+from hf_ext.default_model import load_model
+from hf_ext.evaluation import perplexity, tokenize
+from hf_ext.patches.cla_convert import convert_to_cla
+from hf_ext.patches.cla_search import search_map
+from hf_ext.trainers.cla_heal import heal
+from hf_ext.trainers.cla_layerwise import heal_layerwise
+
+FIT_TOKENS = 8192
+SEARCH_ROWS, SEARCH_WINDOW = 4, 160
+
+
+class Curve(TrainerCallback):
+    """Notes the perplexity every so many steps and the minutes spent, and ends a call when its time is over."""
+
+    def __init__(self, notes: Notes, name: str, measure: Any, every: int, call_minutes: float) -> None:
+        self.notes, self.name, self.measure, self.every = notes, name, measure, every
+        self.spent, self.began = notes.found.get(f"{name} minutes", 0.0), time.monotonic()
+        self.call_minutes, self.done = call_minutes, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After each optimiser step."""
+        minutes = (time.monotonic() - self.began) / 60
+        self.done = state.global_step == state.max_steps
+        if self.done or minutes > self.call_minutes:
+            control.should_save = control.should_training_stop = True
+            self.notes.write(f"{self.name} minutes", round(self.spent + minutes, 2))
+        if self.done or state.global_step % self.every == 0:
+            tokens = state.global_step * args.per_device_train_batch_size * self.length(kwargs)
+            self.notes.write(f"{self.name} distilled {tokens}", self.measure(model))
+
+    @staticmethod
+    def length(kwargs: Any) -> int:
+        """Tokens a row."""
+        return len(kwargs["train_dataloader"].dataset[0]["input_ids"])
+
+
+def training_text(tokenizer: Any, files: list[Path], tokens: int, length: int) -> Tensor:
+    """As many tokens of each file, and of the Python manual, in rows of ``length``, shuffled: `[rows · length]`."""
+    texts = [file.read_text(encoding="utf-8")[2000:] for file in files] + ["\n\n".join(topics.values())]
+    share = -(-tokens // (len(texts) * length)) * length
+    parts = [tokenize(tokenizer, text[: 8 * share])[:share] for text in texts]
+    rows = torch.cat([part[: len(part) // length * length] for part in parts]).view(-1, length)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].flatten()
+
+
+def read_ranking(path: Path) -> list[PairLoss]:
+    """The losses of single pairs that ``cla_conversion.py`` has measured, cheapest first."""
+    pairs = json.loads(path.read_text(encoding="utf-8"))["settings"]["ranking"]
+    return sorted((PairLoss(**pair) for pair in pairs), key=lambda pair: pair.nats)
+
+
+def searched_map(model: Any, ids: Tensor, ranked: list[PairLoss], keep: int, notes: Notes) -> list[int]:
+    """The map of `search_map`, each measurement noted."""
+    known = {tuple(sources): nats for sources, nats in notes.found.get("searched", [])}
+
+    def write(sources: tuple[int, ...], nats: float) -> None:
+        known[sources] = nats
+        notes.write("searched", [[list(one), value] for one, value in known.items()])
+
+    budget = model.kv_bytes_per_token() * keep // model.config.num_hidden_layers
+    return list(search_map(model, ids, budget, ranked, window=SEARCH_WINDOW, known=known, done=write))
+
+
+def main() -> None:
+    """Every map and number of consumers asked for, as far as the minutes of this call reach."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", type=Path, nargs="+", required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--ranking", type=Path, default=RESULTS / "cla_conversion.json")
+    parser.add_argument("--consumers", type=int, nargs="+", default=[6, 10, 15])
+    parser.add_argument("--maps", choices=("searched", "ranked", "even"), nargs="+", default=["searched"])
+    parser.add_argument("--text-tokens", type=int, default=65536)
+    parser.add_argument("--length", type=int, default=1024, help="tokens a row and a step")
+    parser.add_argument("--layer-tokens", type=int, default=16384, help="text for healing layer by layer")
+    parser.add_argument("--layer-window", type=int, default=512)
+    parser.add_argument("--passes", type=int, default=8, help="over it")
+    parser.add_argument("--layer-rate", type=float, default=1e-3)
+    parser.add_argument("--tokens", type=int, default=65536, help="of distillation; 0 for none")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--trainable", choices=("changed", "attention", "all"), default="changed")
+    parser.add_argument("--test-windows", type=int, default=6)
+    parser.add_argument("--every", type=int, default=16, help="steps between measurements of the perplexity")
+    parser.add_argument("--call-minutes", type=float, default=1e9, help="stop distilling after so long; run it again")
+    args = parser.parse_args()
+    once = ("work", "consumers", "maps", "call_minutes", "tokens", "ranking", "every")
+    settings = {name: value for name, value in vars(args).items() if name not in once}
+    settings |= {"train": [file.name for file in args.train], "test": args.test.name}
+    notes = Notes(args.work / "notes.json", settings)
+    model, tokenizer = load_model()
+    layers = model.config.num_hidden_layers
+    held_out = tokenize(tokenizer, args.test.read_text(encoding="utf-8"))
+    text = training_text(tokenizer, args.train, args.text_tokens, args.length)
+    sample = text.view(-1, args.length)[:SEARCH_ROWS, :SEARCH_WINDOW].flatten()
+    ranked = read_ranking(args.ranking)
+
+    def test(one: Any) -> float:
+        return perplexity(one, held_out, args.length, max_windows=args.test_windows).perplexity
+
+    notes.once("dense", partial(test, model))
+    for kind in args.maps:
+        for count in args.consumers:
+            name, keep = f"{kind} {count}", layers - count
+            make = {
+                "searched": lambda keep=keep: searched_map(model, sample, ranked, keep, notes),
+                "ranked": lambda keep=keep: propose_map(ranked, layers, lambda found: len(set(found)) <= keep),
+                "even": lambda count=count: even_map(layers, count),
+            }
+            sources = notes.once(f"{name} map", make[kind])
+            if not heal_one(args, notes, name, sources, model, text, test):
+                return
+            write_report(notes, settings)
+
+
+def heal_one(
+    args: argparse.Namespace, notes: Notes, name: str, sources: list[int], model: Any, text: Tensor, test: Any
+) -> bool:
+    """Fit, heal layer by layer and distil one map, measuring after each; whether it is done."""
+    folder = args.work / name.replace(" ", "-")
+    student = convert_to_cla(model, {"kv_source_layers": sources}, "fit", text[:FIT_TOKENS])
+    notes.once(f"{name} fit 0", partial(test, student))
+    start = time.monotonic()
+    options = {"passes": args.passes, "learning_rate": args.layer_rate, "window": args.layer_window}
+    errors = heal_layerwise(student, model, text[: args.layer_tokens], folder=folder, **options)
+    notes.once(f"{name} layer minutes", lambda: round((time.monotonic() - start) / 60, 2))
+    notes.once(f"{name} layer errors", lambda: errors)
+    notes.once(f"{name} layerwise {args.layer_tokens * args.passes}", partial(test, student))
+    if not args.tokens or f"{name} healed" in notes.found:
+        return True
+    curve = Curve(notes, name, test, args.every, args.call_minutes)
+    heal(
+        student,
+        model,
+        text,
+        folder,
+        tokens=args.tokens,
+        length=args.length,
+        rows=1,
+        layer_tokens=0,
+        save_steps=10,
+        callbacks=[curve],
+        learning_rate=args.learning_rate,
+        temperature=args.temperature,
+        trainable=args.trainable,
+        disable_tqdm=True,
+    )
+    if curve.done:
+        student.save_pretrained(folder / "healed")
+        notes.write(f"{name} healed", True)
+    return curve.done
+
+
+def write_report(notes: Notes, settings: dict[str, Any]) -> None:
+    """One row for each measured perplexity."""
+    dense = notes.found["dense"]
+    maps = {name.removesuffix(" map"): value for name, value in notes.found.items() if name.endswith(" map")}
+    minutes = {name: value for name, value in notes.found.items() if name.endswith("minutes")}
+    report = Report("cla_heal", {**settings, "maps": maps, **minutes})
+    report.row(map="dense", consumers=0, stage="", tokens=0, perplexity=dense, ratio=1.0)
+    for name, sources in maps.items():
+        for key, value in notes.found.items():
+            stage, _, tokens = key.removeprefix(name + " ").partition(" ")
+            if key.startswith(name + " ") and stage in ("fit", "layerwise", "distilled") and tokens.isdigit():
+                report.row(
+                    map=name.split(" ")[0],
+                    consumers=len(consumers(sources)),
+                    stage=stage,
+                    tokens=int(tokens),
+                    perplexity=value,
+                    ratio=value / dense,
+                )
+    report.save()
+
+
+if __name__ == "__main__":
+    main()
