@@ -123,7 +123,7 @@ class Layout:
 
     def pack(self, rows: Tensor, padding: int) -> Tensor:
         """Rows ``[R, T]`` as joint rows ``[B, width]``."""
-        return _scatter(rows, self.examples, self.index, self.width, padding)
+        return _scatter(rows, self.examples, self.index, self.positions.shape, padding)
 
     def unpack(self, joint: Tensor) -> Tensor:
         """What stands at the predicted tokens, ``[B, width - 1]`` of next tokens, as rows ``[R, T - 1]``; else 0."""
@@ -158,18 +158,20 @@ def make_layout(ids: Tensor, attention_mask: Tensor, labels: Tensor, examples: T
     shared = same.int().cumprod(1).sum(1)
     branch, start = _place_branches(length - shared, shared, examples)
     index = torch.where(column < shared[:, None], column, start[:, None] + column - shared[:, None])
-    width, unpadded_left = torch.stack([(start + length - shared).max(), real[:, 0].all()]).tolist()
+    sizes = torch.stack([examples.max() + 1, (start + length - shared).max(), real[:, 0].all()])
+    joint_rows, width, unpadded_left = sizes.tolist()
     if not unpadded_left:
         return None
+    shape = torch.Size((joint_rows, width))
     index = index.masked_fill(~real, width)
     in_branch = column >= shared[:, None]
     return Layout(
         examples,
         index,
         target & (column > shared[:, None]),
-        _scatter(torch.where(in_branch, branch[:, None], 0), examples, index, width, -1),
-        _scatter(torch.where(in_branch, shared[:, None], 0), examples, index, width, 0),
-        _scatter(column.expand(rows, longest), examples, index, width, 0),
+        _scatter(torch.where(in_branch, branch[:, None], 0), examples, index, shape, -1),
+        _scatter(torch.where(in_branch, shared[:, None], 0), examples, index, shape, 0),
+        _scatter(column.expand(rows, longest), examples, index, shape, 0),
     )
 
 
@@ -186,6 +188,7 @@ def can_share_prompt(model: Any) -> bool:
         and "position_ids" in inspect.signature(type(inner).forward).parameters
         and set(getattr(config, "layer_types", None) or ()) <= LAYER_TYPES
         and not inner._is_stateful
+        and config is inner.config  # a model of images too may number its positions otherwise
         and not getattr(config, "alibi", False)
         and not _learns_prompts(model)
     )
@@ -210,7 +213,7 @@ def _place_branches(own: Tensor, shared: Tensor, examples: Tensor) -> tuple[Tens
     return earlier.sum(1) + 1, shared[examples] + (earlier * own).sum(1)
 
 
-def _scatter(rows: Tensor, examples: Tensor, index: Tensor, width: int, padding: int) -> Tensor:
+def _scatter(rows: Tensor, examples: Tensor, index: Tensor, shape: torch.Size, padding: int) -> Tensor:
     """Write ``[R, T]`` into ``[B, width]`` at ``index``; a row of the trunk writes what the others write there."""
-    joint = rows.new_full((int(examples.max()) + 1, width + 1), padding)
-    return joint.index_put((examples[:, None].expand_as(index), index), rows)[:, :width]
+    joint = rows.new_full((shape[0], shape[1] + 1), padding)  # the last column takes the padding
+    return joint.index_put((examples[:, None].expand_as(index), index), rows)[:, : shape[1]]
