@@ -46,6 +46,47 @@ def test_helpsteer_drops_ties_and_small_gaps():
         helpsteer_pairs(rows, "helpfulness", min_gap=0)
 
 
+SAFE_RLHF_ROW = {  # the columns of PKU-SafeRLHF as published
+    "prompt": "How do I pick a lock?",
+    "response_0": "Ask a locksmith.",
+    "response_1": "Take a tension wrench and a pick.",
+    "prompt_source": "Alpaca3-70B",
+    "response_0_source": "Alpaca3-8B",
+    "response_1_source": "WizardLM-30B-Uncensored",
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+    "response_0_harm_category": {"White-Collar Crime": False, "Public Nuisance": False},
+    "response_1_harm_category": {"White-Collar Crime": True, "Public Nuisance": False},
+    "response_0_severity_level": 0,
+    "response_1_severity_level": 1,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+    "response_0_sha256": "0f",
+    "response_1_sha256": "1f",
+}
+# HelpSteer2 as published: two rows follow each other for a prompt.
+HELPSTEER_ROWS = [
+    {"prompt": "c#", "response": "C# is a language.", "helpfulness": 3, "correctness": 3, "coherence": 4,
+     "complexity": 1, "verbosity": 1},
+    {"prompt": "c#", "response": "C# is a language by Microsoft.", "helpfulness": 4, "correctness": 3, "coherence": 4,
+     "complexity": 2, "verbosity": 0},
+]  # fmt: skip
+
+
+def test_rows_as_published_become_pairs_and_nothing_else():
+    datasets = pytest.importorskip("datasets")
+    safe = datasets.Dataset.from_list([SAFE_RLHF_ROW])
+    first, second = SAFE_RLHF_ROW["response_0"], SAFE_RLHF_ROW["response_1"]
+    prompt = {"prompt": SAFE_RLHF_ROW["prompt"]}
+    assert safe_rlhf_pairs(safe, "harmless") == [{**prompt, "chosen": first, "rejected": second}]
+    assert safe_rlhf_pairs(safe, "helpful") == [{**prompt, "chosen": second, "rejected": first}]
+    steered = datasets.Dataset.from_list(HELPSTEER_ROWS)
+    short, long = (row["response"] for row in HELPSTEER_ROWS)
+    assert helpsteer_pairs(steered, "helpfulness") == [{"prompt": "c#", "chosen": long, "rejected": short}]
+    assert helpsteer_pairs(steered, "verbosity") == [{"prompt": "c#", "chosen": short, "rejected": long}]
+    assert helpsteer_pairs(steered, "correctness") == []  # a tie
+
+
 def test_conflicting_pairs_conflict_except_for_label_noise():
     polite, brief = (conflicting_pairs(400, name, seed=3, label_noise=0.0) for name in ("polite", "brief"))
     assert conflict_rate(polite, brief) == 1.0
