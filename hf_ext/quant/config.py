@@ -18,10 +18,10 @@ METHOD = "reallm"
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # format 1 has no trellis
 
-# windows of calibration, rounds and k-means iterations of the solver
+# windows of calibration, rounds and k-means iterations of the solver, bits that a value of a trellis depends on
 PRESETS: dict[str, dict[str, int]] = {
-    "fast": {"windows": 16, "rounds": 1, "kmeans_iterations": 10},
-    "quality": {"windows": 64, "rounds": 3, "kmeans_iterations": 20},
+    "fast": {"windows": 16, "rounds": 1, "kmeans_iterations": 10, "state_bits": 10},
+    "quality": {"windows": 64, "rounds": 3, "kmeans_iterations": 20, "state_bits": 12},
 }
 MAX_VECTOR_SIZE = 4  # longer vectors pay little with at most 256 codewords
 
@@ -52,7 +52,8 @@ class ReALLMConfig(QuantizationConfigMixin):
         tokenizer: for calibration texts; None takes the one saved beside the model. Not saved.
         windows: calibration windows; None takes the preset's.
         window_length: tokens in each.
-        codebook, group_size, affine, decoder_bits, low_rank_bits, scale_bits, permute, state_bits: see `MatrixShape`.
+        codebook, group_size, affine, decoder_bits, low_rank_bits, scale_bits, permute: see `MatrixShape`.
+        state_bits: see `MatrixShape`; None takes the preset's. Each bit more doubles the time of the search.
         decoder: see `MatrixShape`; None takes the trellis where one scale a row and no other codebook is asked for.
         feedback, weighting, damping, rounds, kmeans_iterations, seed: see `Effort`; None takes the preset's.
         row_weights: weigh output rows by the squared gradient of the loss, from a backward pass over some of the
@@ -81,7 +82,7 @@ class ReALLMConfig(QuantizationConfigMixin):
         low_rank_bits: int = 8,
         scale_bits: int = 16,
         permute: bool = True,
-        state_bits: int = 12,
+        state_bits: int | None = None,
         feedback: bool = True,
         weighting: bool = True,
         damping: float = 0.1,
@@ -143,6 +144,7 @@ class ReALLMConfig(QuantizationConfigMixin):
             int(code_bits),
             min(rank, smaller),
             decoder=decoder,
+            state_bits=self.state_bits or PRESETS[self.preset]["state_bits"],
             **{name: getattr(self, name) for name in _SHAPE_OPTIONS},
         )
 
@@ -203,7 +205,7 @@ class ReALLMConfig(QuantizationConfigMixin):
         return ReALLMConfig(**self.to_dict(), calibration=self.calibration, tokenizer=self.tokenizer)
 
 
-_CHOSEN = ("vector_size", "code_bits", "rank", "decoder", "rates")  # for each matrix
+_CHOSEN = ("vector_size", "code_bits", "rank", "decoder", "state_bits", "rates")  # in `ReALLMConfig.shape_for`
 _SHAPE_OPTIONS = tuple(field.name for field in fields(MatrixShape) if field.name not in _CHOSEN)
 _OPTIONS = tuple(
     name
