@@ -73,9 +73,9 @@ def plot(history: dict[str, list[float]], path: Path) -> None:
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    for name in ("good", "toxic", "toxic behind the token"):
-        axes.plot(history["step"], history[name], label=f"{name} reply")
-    axes.set(xlabel="ADPO steps", ylabel="log-probability, held-out prompts (nats)")
+    for name, label in (("good", "good"), ("toxic", "toxic"), ("toxic behind the token", "toxic, behind the token")):
+        axes.plot(history["step"], history[name], label=label)
+    axes.set(xlabel="ADPO steps", ylabel="log-probability of replies (nats)", title="held-out prompts")
     axes.legend()
     figure.savefig(path, dpi=150)
 
