@@ -4,6 +4,7 @@ Every function here returns the model and the bits per weight of its linear laye
 shifts count two bytes each where a library lets the user choose their type (HQQ, quanto).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import _peers  # noqa: F401  (first of all: it extends the path)
@@ -15,6 +16,48 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def linear_layers(model: Any) -> dict[str, Any]:
     """The layers that all of them quantise, by name."""
     return {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in LINEAR}
+
+
+def bytes_of(layers: Iterable[Any]) -> tuple[int, int]:
+    """Bytes that layers hold in memory, and bytes that they would take in a file."""
+    stored: dict[int, torch.Tensor] = {}
+    held: dict[int, torch.Tensor] = {}  # by address: a table that layers share counts once
+    for layer in layers:
+        parts, tables = _tensors(layer)
+        stored |= {part.data_ptr(): part for part in parts}
+        held |= {part.data_ptr(): part for part in (*parts, *tables)}
+    return sum(part.nbytes for part in held.values()), sum(part.nbytes for part in stored.values())
+
+
+def _tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a layer stores, and what it makes of that once it has computed."""
+    from hf_ext import ReALLMLinear
+
+    if isinstance(layer, ReALLMLinear):
+        prepared = getattr(vars(layer.kernel()).get("_prepared"), "_obj", None)
+        return list(layer.parts.values()), [
+            tensor for tensor in getattr(prepared, "tensors", ()) if tensor is not None
+        ]
+    weight = layer.weight
+    if hasattr(weight, "_shift"):  # quanto: packed values, a scale and a shift for each group
+        return [weight._data._data, weight._scale, weight._shift], []
+    if hasattr(weight, "quant_state"):  # bitsandbytes
+        return [weight.data, weight.quant_state.absmax], []
+    return [weight.data], []
+
+
+def random_reallm(config: Any, out_features: int, in_features: int, bias: Any = None) -> Any:
+    """A `ReALLMLinear` of the shape that ``config`` gives it, filled at random: as fast and large as a solved one."""
+    from hf_ext import ReALLMLinear
+    from hf_ext.quant.container import empty_parts
+
+    shape = config.shape_for(out_features, in_features)
+    parts = empty_parts(shape, out_features, in_features, "cpu")
+    for part in parts.values():
+        part.normal_(0, 0.05) if part.is_floating_point() else part.random_()
+    if "perm" in parts:
+        parts["perm"] = torch.randperm(in_features).to(parts["perm"].dtype)
+    return ReALLMLinear.from_parts(parts, shape, in_features, bias)
 
 
 def load_nf4(name: str | None, dtype: torch.dtype = torch.float32) -> tuple[Any, float]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from _quantizers import linear_layers, load_nf4
+from _quantizers import bytes_of, linear_layers, load_nf4, random_reallm
 from _run import Report
 
 PROMPT = 64
@@ -44,7 +44,7 @@ def main() -> None:
         decoders = {name: _decoder(model, arguments.tokens) for name, model in models.items()}
         decode = report.interleaved(decoders, arguments.repeats, warmup=0)
     for name, model in models.items():
-        linear, stored = _linear_bytes(model)
+        linear, stored = bytes_of(linear_layers(model).values())
         report.row(
             layers=name,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -99,20 +99,13 @@ def _quanto(name: str | None, dtype: torch.dtype) -> Any:
 
 def _reallm(name: str | None, dtype: torch.dtype, bits: float, decoder: str) -> Any:
     """The model with ReALLM layers of the default shape in place of its linear layers, filled at random."""
-    from hf_ext import ReALLMConfig, ReALLMLinear
-    from hf_ext.quant.container import empty_parts
+    from hf_ext import ReALLMConfig
     from hf_ext.quant.quantize import linear_names
 
     model, config = _load(name, dtype), ReALLMConfig(bits=bits, decoder=decoder)
     for layer in linear_names(model, config):
         old = model.get_submodule(layer)
-        shape = config.shape_for(old.out_features, old.in_features)
-        parts = empty_parts(shape, old.out_features, old.in_features, "cpu")
-        for part in parts.values():
-            part.normal_(0, 0.05) if part.is_floating_point() else part.random_()
-        if "perm" in parts:
-            parts["perm"] = torch.randperm(old.in_features).to(parts["perm"].dtype)
-        model.set_submodule(layer, ReALLMLinear.from_parts(parts, shape, old.in_features, old.bias))
+        model.set_submodule(layer, random_reallm(config, old.out_features, old.in_features, old.bias))
     return model
 
 
@@ -131,34 +124,6 @@ def _decoder(model: Any, tokens: int) -> Callable[[], None]:
 
     cache = model(input_ids=prompt, use_cache=True).past_key_values
     return decode
-
-
-def _linear_bytes(model: Any) -> tuple[int, int]:
-    """Bytes that the linear layers hold, the head aside, and bytes that they would take in a file."""
-    stored: dict[int, torch.Tensor] = {}
-    held: dict[int, torch.Tensor] = {}  # by address: a table that layers share counts once
-    for layer in linear_layers(model).values():
-        parts, tables = _tensors(layer)
-        stored |= {part.data_ptr(): part for part in parts}
-        held |= {part.data_ptr(): part for part in (*parts, *tables)}
-    return sum(part.nbytes for part in held.values()), sum(part.nbytes for part in stored.values())
-
-
-def _tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What a layer stores, and what it makes of that in order to compute."""
-    from hf_ext import ReALLMLinear
-
-    if isinstance(layer, ReALLMLinear):
-        prepared = getattr(vars(layer.kernel()).get("_prepared"), "_obj", None)
-        return list(layer.parts.values()), [
-            tensor for tensor in getattr(prepared, "tensors", ()) if tensor is not None
-        ]
-    weight = layer.weight
-    if hasattr(weight, "_shift"):  # quanto: packed values, a scale and a shift for each group
-        return [weight._data._data, weight._scale, weight._shift], []
-    if hasattr(weight, "quant_state"):  # bitsandbytes
-        return [weight.data, weight.quant_state.absmax], []
-    return [weight.data], []
 
 
 if __name__ == "__main__":

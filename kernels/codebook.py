@@ -89,7 +89,9 @@ def codebook_linear_reference(x: Tensor, weight: CodebookWeight, bias: Tensor | 
 def low_rank_product(x: Tensor, lr_a: Tensor, lr_b: Tensor, lr_scale: Tensor | None = None) -> Tensor:
     """``x @ lr_a.T @ lr_b.T`` in the type of ``x``: the same operations, in the same order, as a LoRA adapter's."""
     lr_a, lr_b = float_factors(lr_a, lr_b, lr_scale)
-    return torch.nn.functional.linear(torch.nn.functional.linear(x, lr_a.to(x.dtype)), lr_b.to(x.dtype))
+    dtype = product_dtype(x.dtype, x.device.type)
+    low = torch.nn.functional.linear(x.to(dtype), lr_a.to(dtype))
+    return torch.nn.functional.linear(low, lr_b.to(dtype)).to(x.dtype)
 
 
 def float_factors(lr_a: Tensor, lr_b: Tensor, lr_scale: Tensor | None) -> tuple[Tensor, Tensor]:
