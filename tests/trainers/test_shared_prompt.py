@@ -1,6 +1,7 @@
 """One row for all responses to a prompt, against each row on its own."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +135,9 @@ def test_who_cannot_share():
         for name, value in change.items():
             setattr(changed.config, name, value)
         assert not can_share_prompt(changed)
+    composite = tiny_model("llama")
+    composite.config = SimpleNamespace(get_text_config=lambda config=composite.config: config)
+    assert not can_share_prompt(composite)
     model._is_stateful = True
     assert not can_share_prompt(model)
 
