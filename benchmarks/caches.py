@@ -7,6 +7,7 @@ Parts, each with a result file of its own in benchmarks/results:
   process when ``benchmarks/.venv-peers`` holds optimum-quanto and hqq.
 - ``bytes``: what each cache holds after 256 to 4,096 tokens, and what fits into a fixed budget.
 - ``speed``: prefill seconds and tokens a second of decoding, interleaved. Run it alone on the machine.
+- ``steps``: decoding alone, of evicting caches that are at their budget, from random keys and values; takes seconds.
 - ``plot``: the picture of the first part.
 
 ```bash
@@ -30,7 +31,9 @@ from _cache_prompt import Prompt
 from _run import RESULTS, Report
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache
 
+from hf_ext import make_cache
 from hf_ext.caches.base import HfExtCache
 from hf_ext.default_model import load_model
 
@@ -42,6 +45,7 @@ BUDGET = 2**30  # bytes of the fixed budget
 WARMUP = 4  # steps that are not measured
 SIZED = ("dense", "decoquant-8", "decoquant-4", "decoquant-2", "pyramid_infer flat 0.45", "snapkv 0.45",
          "flat 0.75 + decoquant-4", "flat 0.65 + decoquant-2")  # fmt: skip
+EVICTING = ("snapkv", "h2o", "tova")
 FAMILIES = {
     "black": "dense",
     "tab:blue": "DecoQuant",
@@ -254,6 +258,33 @@ def run_speed(arguments: argparse.Namespace) -> None:
     report.save()
 
 
+def run_steps(arguments: argparse.Namespace) -> None:
+    """Interleaved steps of the dense cache after ``tokens`` and of evicting ones that store 0.45 of them."""
+    model, _ = load_model(arguments.model)
+    text, budget = model.config, int(0.45 * arguments.tokens)
+    made: dict[str, Any] = {"dense": DynamicCache(config=text)}
+    made |= {f"{kind} 0.45": make_cache(model, kind, budget=budget) for kind in EVICTING}
+    for name, cache in made.items():
+        length = arguments.tokens if name == "dense" else budget
+        prompt = Prompt(model, torch.full((length,), 500))
+        heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)
+        query, keys, values = (torch.randn(1, count, length, text.head_dim) for count in heads)
+        prompt.recorded = [(query, keys, values)] * text.num_hidden_layers
+        prompt.replay(cache)
+    with torch.no_grad():
+        steps = decode(model, made, 1, arguments.steps)
+    report = Report("caches_steps", {"model": arguments.model or MODEL, "tokens": arguments.tokens, "budget": budget})
+    for name, seconds in steps.items():
+        report.row(
+            cache=name,
+            median_step_ms=1e3 * statistics.median(seconds),
+            mean_step_ms=1e3 * statistics.mean(seconds),
+            lowest_step_ms=1e3 * min(seconds),
+            steps=arguments.steps,
+        )
+    report.save()
+
+
 def decode(model: Any, caches: dict[str, Any], batch: int, steps: int) -> dict[str, list[float]]:
     """Seconds of each of ``steps`` steps of every cache, in turn, of ``batch`` copies of the one row it holds."""
     token = torch.full((batch, 1), 500)
@@ -276,7 +307,7 @@ def run_plot(arguments: argparse.Namespace) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
     rows = rows_of("caches_quality") + [
         {**row, "cache": f"kvpress {row['cache']}"} for row in rows_of("caches_kvpress") if row["cache"] != "dense"
@@ -298,6 +329,8 @@ def run_plot(arguments: argparse.Namespace) -> None:
         axis.set(xlabel="bytes relative to float16", ylabel=label, xscale="log", yscale="log")
         axis.set_xticks([0.125, 0.25, 0.5, 1, 2], ["1/8", "1/4", "1/2", "1", "2"])
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if column == "perplexity" else NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     names = [f"{i} {row['cache']}" for i, row in enumerate(rows, 1)]
@@ -335,10 +368,13 @@ def resume(stem: str, settings: dict[str, Any]) -> Report:
     return report
 
 
+PARTS = {"quality": run_quality, "bytes": run_bytes, "speed": run_speed, "steps": run_steps, "plot": run_plot}
+
+
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["quality", "bytes", "speed", "plot"])
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--data", default="wiki.test.part1.raw", help="a text file")
     parser.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--prompt", type=int, default=PREFILL, help="tokens that are compressed before 256 are scored")
@@ -351,7 +387,7 @@ def main() -> None:
     parser.add_argument("--tag", help="added to the name of the result file of speed, for another machine")
     parser.add_argument("--caches", help="names, separated by commas")
     arguments = parser.parse_args()
-    {"quality": run_quality, "bytes": run_bytes, "speed": run_speed, "plot": run_plot}[arguments.part](arguments)
+    PARTS[arguments.part](arguments)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, nargs="+", default=[], help="texts the converted layers are fitted on")
     parser.add_argument("--map", default="ranked 6", help="of benchmarks/results/cla_conversion.json")
     parser.add_argument("--cla", type=Path, help="a folder with a healed model instead")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     arguments = parser.parse_args()
     stock, tokenizer = load_model()
     ids = read_ids(tokenizer, arguments)
