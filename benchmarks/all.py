@@ -26,6 +26,7 @@ ALONE = (
     "adpo.py --work {work}/adpo",
     "adpo_style.py --work {work}/adpo_style",
     "preference.py",
+    "reallm_block.py",
     "reallm_speed.py",
 )
 WITH_DATA = (
@@ -44,7 +45,7 @@ WITH_DATA = (
     "cla_conversion.py --train {books} --test {wikitext} --work {work}/cla",
     "cla_heal.py --train {books} --test {wikitext} --work {work}/cla_heal",
     "reallm_layers.py --calibration {data}/books --text {wikitext}",
-    "reallm.py --calibration {data}/books --text {wikitext} --work {work}/reallm",
+    "reallm.py --calibration {data}/books --text {wikitext} pydoc {data}/gsm8k/test300.jsonl --work {work}/reallm",
 )
 WITH_PEER = ("fadam.py parity --peer {peer}",)
 
