@@ -107,13 +107,11 @@ def spo_reference_logps(frozen_logps: Sequence[Tensor | None], coefficients: Seq
         ``[B]``, float32 or wider.
     """
     terms = [
-        value
-        if coefficient == 1.0
-        else coefficient * value  # times 1.0 would be exact too; this keeps round 1 obvious
+        coefficient * (value if value.dtype == torch.float64 else value.float())
         for value, coefficient in zip(frozen_logps, coefficients, strict=True)
         if coefficient and value is not None
     ]
-    return torch.stack([term if term.dtype == torch.float64 else term.float() for term in terms]).sum(0)
+    return torch.stack(terms).sum(0)
 
 
 def spo_loss(

@@ -122,8 +122,10 @@ def test_reference_of_round_one_is_untouched_bits():
 
 
 def test_reference_of_half_precision_is_combined_in_float32():
-    logps = [torch.tensor([-300.5], dtype=torch.bfloat16), torch.tensor([-299.5], dtype=torch.bfloat16)]
-    assert spo_reference_logps(logps, [-0.5, 1.5]).dtype == torch.float32
+    logps = [torch.tensor([-301.0], dtype=torch.bfloat16), torch.tensor([-299.0], dtype=torch.bfloat16)]
+    combined = spo_reference_logps(logps, [-0.3, 1.3])
+    assert combined.dtype == torch.float32
+    assert combined.item() == pytest.approx(-0.3 * logps[0].item() + 1.3 * logps[1].item(), rel=1e-6)
 
 
 def test_start_of_a_round_weighs_pairs_by_their_earlier_margin():
