@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     work = _workplace(out, {"model": arguments.model, "dtype": arguments.dtype, **settings})
     model, config.tokenizer = load(arguments)
     before = _perplexity(model, config.tokenizer, text, arguments.text_windows)
+    kept = len(list((work / "layers").glob("*.safetensors")))
     began = time.perf_counter()
     with _writing(work):
         errors = quantize_in_place(model, config, Progress(folder=work / "layers", show=sys.stderr.isatty()))
@@ -84,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         "model": arguments.model or "SmolLM2-135M-Instruct",
         "settings": settings,
         "seconds": round(seconds, 1),
+        "layers_kept": kept,
         "bits": bits_on_disk(work / "model"),
         "perplexity_before": before,
         "perplexity_after": after,

@@ -26,7 +26,7 @@ def _summary(report: dict[str, Any]) -> list[str]:
     lines = [
         f"- {bits['linear']:.3f} bits a weight in the linear layers, {bits['whole_file']:.3f} in the whole file "
         f"({bits['file_bytes'] / 2**20:.1f} MiB), from the bytes on disk",
-        f"- quantised in {report['seconds']:.0f} s",
+        f"- quantised in {report['seconds']:.0f} s{_resumed(report)}",
     ]
     before, after = report["perplexity_before"], report["perplexity_after"]
     if before is not None:
@@ -35,6 +35,11 @@ def _summary(report: dict[str, Any]) -> list[str]:
     if "budget" in given:
         del given["bits"]
     return [*lines, "- settings: " + ", ".join(f"`{name}={value}`" for name, value in given.items())]
+
+
+def _resumed(report: dict[str, Any]) -> str:
+    kept = report["layers_kept"]
+    return f"; {kept} of {len(report['layers'])} layers are from a run interrupted before" if kept else ""
 
 
 def _kinds(rows: Rows) -> list[str]:
@@ -65,6 +70,7 @@ def _plot(path: Path, rows: Rows) -> bool:
     """Error and bits of every layer over its block; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return False
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -74,6 +80,7 @@ def _plot(path: Path, rows: Rows) -> bool:
         error.plot([row["error"] for row in mine], ".-", label=kind, linewidth=0.8)
         bits.plot([row["bits"] for row in mine], ".-", linewidth=0.8)
     error.set(ylabel="relative error", yscale="log")
+    bits.xaxis.set_major_locator(MaxNLocator(integer=True))
     bits.set(xlabel="block", ylabel="bits a weight", ylim=(0, None))
     figure.legend(*error.get_legend_handles_labels(), loc="outside right center", frameon=False)
     for axis in (error, bits):

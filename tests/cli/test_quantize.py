@@ -32,7 +32,7 @@ def test_it_quantises_and_reports(folder, tmp_path, text, capsys):
     assert report["perplexity_before"] > 1 and report["perplexity_after"] > 1
     page = (out / "report.md").read_text()
     assert f"{report['bits']['linear']:.3f} bits a weight" in page and "| model.layers.3.mlp.down_proj |" in page
-    assert not (tmp_path / "out.unfinished").exists()
+    assert "interrupted" not in page and not (tmp_path / "out.unfinished").exists()
 
 
 def test_an_interrupted_run_goes_on(folder, tmp_path, text, monkeypatch):
@@ -54,6 +54,7 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, text, monkeypatch):
     monkeypatch.setattr(module, "solve", lambda *args, **kwargs: (solved.append(1), solve(*args, **kwargs))[1])
     assert main(arguments(folder, tmp_path, text)) == 0
     assert len(solved) == 18
+    assert "10 of 28 layers are from a run interrupted before" in (tmp_path / "out" / "report.md").read_text()
     resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     other = tmp_path / "other"
     other.mkdir()
