@@ -7,6 +7,8 @@ python -m venv --without-pip benchmarks/.venv-peers
 pip install --no-deps --target benchmarks/.venv-peers/lib/python3.11/site-packages \\
     --requirement benchmarks/requirements-peers.txt
 ```
+
+Quanto compiles its unpacking of weights at first use, which takes a C++ compiler, ninja and a minute.
 """
 
 import sys
