@@ -21,6 +21,7 @@ class CacheShape:
         head_dim: channels of one.
         element: bytes of a number.
         scores: float32 scores that an evicting layer carries on for each token.
+        waiting: numbers of the queries that may wait to give theirs.
         storage: how they are packed, or None.
     """
 
@@ -29,18 +30,26 @@ class CacheShape:
     head_dim: int
     element: int
     scores: int = 0
+    waiting: int = 0
     storage: DecoQuantConfig | None = None
 
     @classmethod
-    def of(cls, decoder: nn.Module, scores_per_head: bool | None, storage: DecoQuantConfig | None) -> Self:
-        """The shape for a decoder; ``scores_per_head`` is None where scores are not carried on."""
+    def of(
+        cls, decoder: nn.Module, scores_per_head: bool | None, waiting: int, storage: DecoQuantConfig | None
+    ) -> Self:
+        """The shape for a decoder; ``scores_per_head`` is None where scores are not carried on.
+
+        Up to ``waiting`` tokens' queries are kept beside them.
+        """
         config: Any = decoder.config
         text = config.get_text_config(decoder=True)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         scores = 0 if scores_per_head is None else heads if scores_per_head and storage is None else 1
         layers = layer_types(config).count("full_attention")
         element = int(next(decoder.parameters()).element_size())
-        return cls(layers, heads, head_dimension(config), element, scores, storage)
+        d = head_dimension(config)
+        queries = 0 if scores_per_head is None else waiting * text.num_attention_heads * d
+        return cls(layers, heads, d, element, scores, queries, storage)
 
     def unpacked_token(self) -> float:
         """Bytes of a token in one layer, as the model made it."""
@@ -57,13 +66,14 @@ class CacheShape:
 
     def row(self, slack: int) -> float:
         """Bytes of a row in one layer beside the tokens of its budget: ``slack`` more, bases, and what is unpacked."""
+        beside = COUNTERS + self.waiting * self.element
         if self.storage is None:
-            return slack * self.token() + COUNTERS
+            return slack * self.token() + beside
         s, d = self.storage, self.head_dim
         group = s.group if s.method == "uniform" else d
         basis = d + 2 * group**2 + 2 * self.heads * d + 2 * d  # widths, synthesis, means, weights
         unpacked = s.sink_size + s.recent_size + max(s.block_size - 1, slack)
-        return 2 * basis + unpacked * self.unpacked_token() + slack * self.token() + COUNTERS
+        return 2 * basis + unpacked * self.unpacked_token() + slack * self.token() + beside
 
     def tokens_in(self, size: int, rows: int, slack: int) -> int:
         """Tokens of each of ``rows`` rows, in every layer, that fit into ``size`` bytes; negative if not even none."""

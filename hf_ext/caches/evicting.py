@@ -22,6 +22,7 @@ from hf_ext.caches.observed import ObservedLayer, check_crop, note_attended, tel
 from hf_ext.caches.packed_layer import PackedLayer
 
 SLACK = 8  # generated tokens by which a row may exceed its budget before some go at once
+WAITING = 16  # generated tokens whose queries may wait, so that keys are read for their scores once
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,10 @@ class Evicts(ObservedLayer):
         share: this layer's part of the average budget.
         real_seen: ``[B]`` real tokens that ever came.
         scores: ``[B, H or 1, n]`` of the stored tokens, where a method carries them on.
+        waiting: ``[B, Hq, w, D]`` queries of the latest tokens that have given no scores yet.
     """
 
-    row_tensors: ClassVar[tuple[str, ...]] = (*ObservedLayer.row_tensors, "real_seen", "scores")
+    row_tensors: ClassVar[tuple[str, ...]] = (*ObservedLayer.row_tensors, "real_seen", "scores", "waiting")
 
     policy: EvictConfig
     share: float
@@ -145,19 +147,28 @@ class Evicts(ObservedLayer):
         self.per_head = policy.per_head and not isinstance(self, PackedLayer)
         self.real_seen: Any = None
         self.scores: Any = None
+        self.waiting: Any = None
         self.tokens: int | None = None  # the budget in tokens, where it was given in tokens or bytes
         self._new_scores: Tensor | None = None
+        self._unread = False  # no reader has asked in this forward; where layers share keys, there are several
+        self._asked = False  # the waiting queries gave their scores in this forward
         self._added: Any = None
 
     def expect(self, incoming: Tensor | None, decoder: Any, positions: Tensor) -> None:
         """Told before a forward of ``decoder`` how many of its tokens are real, and where they stand."""
         super().expect(incoming, decoder, positions)
-        self._new_scores = None
+        self._new_scores, self._asked, self._unread = None, False, True
 
     def hold(self) -> None:
         """Told after a forward whose tokens may be taken back: nothing goes, but scores are carried on."""
         if self.policy.accumulates and self._new_scores is not None:
             self.scores = self._new_scores
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget the queries that have given their scores."""
+        if self._asked:
+            self.waiting, self._asked = None, False
 
     def count(self, key_states: Tensor) -> None:
         """Add the new tokens to those stored and to those seen."""
@@ -170,19 +181,38 @@ class Evicts(ObservedLayer):
     def observe(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, module: Any) -> None:
         """Score what is stored."""
         super().observe(query, keys, values, scaling, module)
-        if not self._asks_for_scores(query):
+        first_reader, self._unread = self._unread, False
+        if not self._asks_for_scores(query) or (first_reader and self._wait(query)):
             return
         if keys.shape[-2] < self.stored and isinstance(self, PackedLayer):
             keys, values = self._dense(query.dtype)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        asking = [query]
+        if self.waiting is not None and not self._asked:  # another reader may have let its query of this token wait
+            asking = [torch.cat([self.waiting, query], 2)] if first_reader else [self.waiting, query]
+            self._asked = True
         with torch.no_grad():
-            scores = self.policy.score(self, query, keys, values, scaling)
+            for queries in asking:
+                self._add_scores(self.policy.score(self, queries, keys, values, scaling), queries.shape[-2])
+
+    def _wait(self, query: Tensor) -> bool:
+        """Let the query of a generated token wait, if nothing has to go now; whether it does."""
+        held = 0 if self.waiting is None else self.waiting.shape[-2]
+        must = query.shape[-2] > 1 or self.scores is None or held + 1 >= WAITING or any(self.due())
+        if must or not self.policy.accumulates:
+            return False
+        query = query.detach().clone()
+        self.waiting = query if self.waiting is None else torch.cat([self.waiting, query], 2)
+        return True
+
+    def _add_scores(self, scores: Tensor | None, q_length: int) -> None:
+        """Add what the newest ``q_length`` queries gave, or another reader of the same keys."""
         if scores is None:
             return
         if self._new_scores is not None:
             self._new_scores = self._new_scores + scores
         else:
-            self._new_scores = scores if self.scores is None else self._carried_on(scores, query.shape[-2])
+            self._new_scores = scores if self.scores is None else self._carried_on(scores, q_length)
 
     def _carried_on(self, scores: Tensor, q_length: int) -> Tensor:
         """These scores and those that the stored tokens had before the newest ``q_length`` came."""
@@ -212,6 +242,7 @@ class Evicts(ObservedLayer):
     def commit(self) -> None:
         """Drop what is due, then let the storage pack."""
         scores, self._new_scores = self._new_scores, None
+        self._let_go()
         if scores is not None and self.real_count is not None and not self.record_past:
             self._evict(scores)
         super().commit()
@@ -280,13 +311,16 @@ class Evicts(ObservedLayer):
             self.real_seen = (self.real_seen - count).clamp(min=0)
             if self._new_scores is not None:
                 self._new_scores = self._new_scores[..., : max(self._new_scores.shape[-1] - count, 0)]
+            if self.waiting is not None and not (self._unread or self._asked):  # else none of theirs waits
+                left = self.waiting.shape[-2] - count
+                self.waiting = self.waiting[:, :, :left] if left > 0 else None
             if self.scores is not None:  # those of a forward that was interrupted are not among them
                 self.scores = self.scores[..., : self.stored]
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.real_seen = self.scores = self._new_scores = None
+        self.real_seen = self.scores = self.waiting = self._new_scores = None
 
 
 class EvictingDenseLayer(Evicts):
@@ -301,7 +335,7 @@ class EvictingPackedLayer(Evicts, PackedLayer):
     """Evicts from DecoQuant rows, by moving codes."""
 
     drops_tokens: ClassVar[bool] = True
-    row_tensors: ClassVar[tuple[str, ...]] = (*PackedLayer.row_tensors, "real_seen", "scores")
+    row_tensors: ClassVar[tuple[str, ...]] = (*PackedLayer.row_tensors, "real_seen", "scores", "waiting")
 
     def __init__(self, policy: EvictConfig, share: float, storage: DecoQuantConfig) -> None:
         self.set_up(policy, share)
@@ -373,7 +407,7 @@ class EvictingCache(HfExtCache):
         if isinstance(self.config.budget, float):
             return None
         policy = self.config
-        shape = CacheShape.of(forward.decoder, policy.per_head if policy.accumulates else None, self.storage)
+        shape = CacheShape.of(forward.decoder, policy.per_head if policy.accumulates else None, WAITING, self.storage)
         slack = 0 if policy.prompts_only else SLACK
         tokens = shape.tokens_in(parse_bytes(self.config.budget), forward.batch, slack)
         if tokens < self._least_tokens:
