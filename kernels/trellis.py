@@ -93,7 +93,7 @@ def decode_reference(weight: TrellisWeight, dtype: torch.dtype = torch.float32) 
 def decode(weight: TrellisWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`decode_reference` on the fastest path that this device has."""
     columns = decode_compiled(weight, trellis_tables(weight.state_bits), dtype)
-    return decode_reference(weight, dtype) if columns is None else to_columns(columns.t(), weight.perm)
+    return decode_reference(weight, dtype) if columns is None else columns.t()
 
 
 def column_slices(weight: TrellisWeight, count: int) -> list[tuple[Tensor, TrellisWeight]]:
@@ -183,14 +183,14 @@ def _unpack_columns(packed: Tensor, width: int, out: int) -> Tensor:
 def _multiply(x: Tensor, weight: TrellisWeight) -> Tensor:
     """``x @ Q.T`` in a type that this device multiplies in; the result has the type of ``x``.
 
-    Inputs are permuted rather than the weight: there are fewer of them.
+    Where the weight is not decoded to its own columns, inputs are permuted instead: there are fewer of them.
     """
     dtype = product_dtype(x.dtype, x.device.type)
     columns = decode_compiled(weight, trellis_tables(weight.state_bits), dtype)
     if columns is None:
+        x = x if weight.perm is None else x.index_select(-1, weight.perm.to(torch.int32))
         columns = _decode_columns(weight).to(dtype)
-    stored = x if weight.perm is None else x.index_select(-1, weight.perm.to(torch.int32))
-    return (stored.to(dtype) @ columns).to(x.dtype)
+    return (x.to(dtype) @ columns).to(x.dtype)
 
 
 class _TrellisProduct(torch.autograd.Function):

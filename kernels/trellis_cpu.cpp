@@ -196,6 +196,11 @@ struct Weight {
     int32_t state_bits, scale_type, perm_bytes, lr_type;
 };
 
+static int64_t column_of(const Weight *w, int64_t k) {
+    if (!w->perm) return k;
+    return w->perm_bytes == 2 ? static_cast<const int16_t *>(w->perm)[k] : static_cast<const int32_t *>(w->perm)[k];
+}
+
 static const float *table_of(const Weight *w, int32_t width) { return w->tables + (int64_t(width - 1) << w->state_bits); }
 
 // y [rows, out] = x [rows, in] times the weight, low-rank term included; at most four rows at a time
@@ -203,11 +208,7 @@ void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, i
     std::vector<float> inputs(rows * w->in), line(w->in), low(rows * w->rank);
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t j = 0; j < w->in; j++) line[j] = read(x, r * w->in + j, type);
-        for (int64_t k = 0; k < w->in; k++) {
-            int64_t column = !w->perm ? k : w->perm_bytes == 2 ? static_cast<const int16_t *>(w->perm)[k]
-                                                               : static_cast<const int32_t *>(w->perm)[k];
-            inputs[r * w->in + k] = line[column];
-        }
+        for (int64_t k = 0; k < w->in; k++) inputs[r * w->in + k] = line[column_of(w, k)];
         for (int64_t i = 0; i < w->rank; i++) {
             float *total = &low[r * w->rank + i];
             if (w->lr_type == F32) project(static_cast<const float *>(w->lr_a) + i * w->in, line.data(), w->in, total);
@@ -258,12 +259,13 @@ void decode(const Weight *w, void *dense, int32_t type, int32_t threads) {
     for (int64_t k = 0; k < w->in; k++) {
         const uint8_t *column = w->stream + starts[k];
         const uint32_t mask = (1u << w->state_bits) - 1;
+        const int64_t row = column_of(w, k) * w->out;
         with_width(w->widths[k], [&](auto width) {
             for (int64_t g = 0; 8 * g < w->out; g++) {
                 const uint64_t word = word_of(column, starts[k + 1] - starts[k], w->bytes - starts[k], width, g);
                 const Eight values = eight_of<width>(word, table_of(w, width), mask);
                 for (int64_t o = 8 * g; o < 8 * g + 8 && o < w->out; o++)
-                    write(dense, k * w->out + o, values[o - 8 * g] * scales[o], type);
+                    write(dense, row + o, values[o - 8 * g] * scales[o], type);
             }
         });
     }

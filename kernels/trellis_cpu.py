@@ -33,7 +33,7 @@ class _Weight(ctypes.Structure):
 
 
 def decode_compiled(weight: "TrellisWeight", tables: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The dense weight ``[in, out]``, columns in the order of the stream; None where this path cannot."""
+    """The dense weight transposed, ``[in, out]``, without its low-rank term; None where this path cannot."""
     library = _library()
     if library is None or dtype not in TYPES or weight.qweight.device.type != "cpu":
         return None
