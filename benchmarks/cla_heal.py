@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--maps", choices=("searched", "ranked", "even"), nargs="+", default=["searched"])
     parser.add_argument("--text-tokens", type=int, default=65536)
     parser.add_argument("--length", type=int, default=1024, help="tokens a row and a step")
-    parser.add_argument("--layer-tokens", type=int, default=16384, help="text for healing layer by layer")
+    parser.add_argument("--layer-tokens", type=int, default=16384, help="text for healing layer by layer; 0: not")
     parser.add_argument("--layer-window", type=int, default=512)
     parser.add_argument("--passes", type=int, default=8, help="over it")
     parser.add_argument("--layer-rate", type=float, default=1e-3)
@@ -144,12 +144,13 @@ def heal_one(
     folder = args.work / name.replace(" ", "-")
     student = convert_to_cla(model, {"kv_source_layers": sources}, "fit", text[:FIT_TOKENS])
     notes.once(f"{name} fit 0", partial(test, student))
-    start = time.monotonic()
-    options = {"passes": args.passes, "learning_rate": args.layer_rate, "window": args.layer_window}
-    errors = heal_layerwise(student, model, text[: args.layer_tokens], folder=folder, **options)
-    notes.once(f"{name} layer minutes", lambda: round((time.monotonic() - start) / 60, 2))
-    notes.once(f"{name} layer errors", lambda: errors)
-    notes.once(f"{name} layerwise {args.layer_tokens * args.passes}", partial(test, student))
+    if args.layer_tokens:
+        start = time.monotonic()
+        options = {"passes": args.passes, "learning_rate": args.layer_rate, "window": args.layer_window}
+        errors = heal_layerwise(student, model, text[: args.layer_tokens], folder=folder, **options)
+        notes.once(f"{name} layer minutes", lambda: round((time.monotonic() - start) / 60, 2))
+        notes.once(f"{name} layer errors", lambda: errors)
+        notes.once(f"{name} layerwise {args.layer_tokens * args.passes}", partial(test, student))
     if not args.tokens or f"{name} healed" in notes.found:
         return True
     curve = Curve(notes, name, test, args.every, args.call_minutes)
@@ -179,8 +180,8 @@ def write_report(notes: Notes, settings: dict[str, Any]) -> None:
     """One row for each measured perplexity."""
     dense = notes.found["dense"]
     maps = {name.removesuffix(" map"): value for name, value in notes.found.items() if name.endswith(" map")}
-    minutes = {name: value for name, value in notes.found.items() if name.endswith("minutes")}
-    report = Report("cla_heal", {**settings, "maps": maps, **minutes})
+    kept = {key: value for key, value in notes.found.items() if key.endswith(("minutes", "errors", "searched"))}
+    report = Report("cla_heal", {**settings, "maps": maps, **kept})
     report.row(map="dense", consumers=0, stage="", tokens=0, perplexity=dense, ratio=1.0)
     for name, sources in maps.items():
         for key, value in notes.found.items():

@@ -49,8 +49,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3, 4.5e-3])
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="the first must be among them"
+    )
     args = parser.parse_args()
-    settings = {name: value for name, value in vars(args).items() if name not in ("work", "seeds", "learning_rates")}
+    settings = {name: value for name, value in vars(args).items() if name in ("layers", "steps")}
     notes = Notes(args.work / "notes.json", settings)
     held_out, example.TEXT = example.TEXT[:HELD_OUT], example.TEXT[HELD_OUT:]
 
@@ -60,11 +63,11 @@ def main() -> None:
         return held_out_loss(model, held_out)
 
     losses: dict[tuple[str, float], list[float]] = {}
-    for rate, arm, seed in itertools.product(args.learning_rates, ARMS, range(args.seeds)):
+    for rate, arm, seed in itertools.product(args.learning_rates, args.arms, range(args.seeds)):
         measured = notes.once(f"{arm} {rate} {seed}", partial(run, arm, rate, seed))
         losses.setdefault((arm, rate), []).append(measured)
     mean = {key: statistics.mean(found) for key, found in losses.items()}
-    best = {arm: min(args.learning_rates, key=lambda rate, arm=arm: mean[arm, rate]) for arm in ARMS}
+    best = {arm: min(args.learning_rates, key=lambda rate, arm=arm: mean[arm, rate]) for arm in args.arms}
     settings["tokens"] = args.steps * example.ROWS * example.LENGTH
     stem = "cla_scratch" if args.layers == 4 else f"cla_scratch_{args.layers}"
     report = Report(stem, {**settings, "seeds": args.seeds, "learning_rates": args.learning_rates})

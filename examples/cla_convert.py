@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_ext import CLAConfig, convert_to_cla
 from hf_ext.default_model import load_model
 from hf_ext.evaluation import perplexity, tokenize
-from hf_ext.patches.cla_rank import rank_layers
-from hf_ext.patches.cla_search import search_map
+from hf_ext.patches.cla_rank import map_for_bytes, rank_layers
 from hf_ext.trainers.cla_heal import heal
 
 
@@ -37,8 +36,7 @@ def main() -> None:
 
     ranked = rank_layers(teacher, ids[: args.rank_tokens], init="fit", progress=True)
     budget = int(teacher.kv_bytes_per_token() * args.keep)
-    sources = search_map(teacher, ids[: args.rank_tokens], budget, ranked, progress=True)
-    config = CLAConfig(kv_source_layers=sources)
+    config = CLAConfig(kv_source_layers=map_for_bytes(teacher, ranked, budget))
     student = convert_to_cla(teacher, config, "fit", ids[:4096])
     print(f"map {config.kv_source_layers}")
     print(f"bytes a token {teacher.kv_bytes_per_token()} -> {student.kv_bytes_per_token()}")
@@ -46,7 +44,7 @@ def main() -> None:
     print(f"perplexity converted {perplexity(student, held_out, 512).perplexity:.2f}")
     if args.heal_tokens:
         work = args.out.with_name(args.out.name + ".work")
-        heal(student, teacher, ids, work, tokens=args.heal_tokens, length=256, layer_tokens=args.heal_tokens, passes=4)
+        heal(student, teacher, ids, work, tokens=args.heal_tokens, length=256)
         print(f"perplexity healed    {perplexity(student, held_out, 512).perplexity:.2f}")
     student.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

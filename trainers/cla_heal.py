@@ -1,4 +1,4 @@
-"""`heal`: bring a converted model back towards its dense original, layer by layer and then as a whole; resumable."""
+"""`heal`: distil a converted model back towards its dense original, resumable, with settings that suit that."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +23,13 @@ def heal(
     tokens: int,
     length: int = 512,
     rows: int = 2,
-    layer_tokens: int = 16384,
+    layer_tokens: int = 0,
     passes: int = 8,
     save_steps: int = 25,
     callbacks: Sequence[TrainerCallback] = (),
     **options: Any,
 ) -> CLADistillTrainer:
-    """Train ``student`` in place: `heal_layerwise`, then `CLADistillTrainer` on the first ``tokens`` tokens of a text.
+    """Train ``student`` in place with `CLADistillTrainer` on a text, if asked after `heal_layerwise`.
 
     Run again with the same folder, it goes on from what is there.
 
@@ -41,7 +41,7 @@ def heal(
         tokens: how many to distil on; more than the text has means more than one epoch.
         length: tokens a row.
         rows: rows a step.
-        layer_tokens: how many of the text's first tokens are for `heal_layerwise`; 0 leaves that out.
+        layer_tokens: how many of the text's first tokens are for `heal_layerwise` before that; 0 leaves it out.
         passes: of `heal_layerwise` over them.
         save_steps: steps between checkpoints; only the last one is kept.
         callbacks: callbacks of the trainer.

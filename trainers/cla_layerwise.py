@@ -3,7 +3,8 @@
 A layer that has lost its keys and values can be mended without running the model around it: the dense model says what
 its attention read and what it returned, so a group of attention modules is trained on those pairs alone. A step costs
 a few modules instead of two whole models, and needs no logits. What it cannot do is let other layers make up for what
-is lost; that is left to `CLADistillTrainer`. The idea is that of block-wise reconstruction (BRECQ, arXiv 2102.05426).
+is lost; that is left to `CLADistillTrainer`, and docs/cla.md says what was measured. The idea is that of block-wise
+reconstruction (BRECQ, arXiv 2102.05426).
 """
 
 import itertools

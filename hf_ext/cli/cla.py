@@ -39,16 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--search-tokens",
         type=int,
-        default=1536,
-        help="with --ranking and --text: measure the map step by step on so many tokens; 0 takes the ranking's losses "
-        "as additive (default: %(default)s)",
+        default=0,
+        help="with --ranking and --text: measure the map step by step on so many tokens (default: take the ranking's "
+        "losses as additive)",
     )
     convert.add_argument("--heal-tokens", type=int, default=0, help="tokens of distillation (default: none)")
     convert.add_argument(
         "--layer-tokens",
         type=int,
-        default=16384,
-        help="tokens to heal each layer by itself on before that; 0 for none",
+        default=0,
+        help="with --heal-tokens: tokens to heal each layer by itself on before that (default: none)",
     )
     convert.add_argument("--learning-rate", type=float, default=5e-4, help="of the healing (default: %(default)s)")
 

@@ -83,7 +83,7 @@ def test_convert_searches_the_map_and_goes_on_when_interrupted(folder, capsys, m
 
 def test_convert_heals_and_writes_at_once(folder, capsys):
     out = folder / "out"
-    words = ("--text", folder / "text.txt", "--heal-tokens", 2048, "--output", out)
+    words = ("--text", folder / "text.txt", "--layer-tokens", 1024, "--heal-tokens", 2048, "--output", out)
     assert cla(folder, "convert", *words) == 0
     assert not (folder / "out.work").exists() and not (folder / "out.part").exists()
     healed = AutoModelForCausalLM.from_pretrained(out)
