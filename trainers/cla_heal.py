@@ -72,7 +72,7 @@ def heal(
         "remove_unused_columns": False,
     }
     if layer_tokens:
-        given = {"passes": passes, "window": length, "folder": folder}
+        given: dict[str, Any] = {"passes": passes, "window": length, "folder": folder}
         heal_layerwise(student, teacher, ids[:layer_tokens], progress=not options.get("disable_tqdm"), **given)
     args = CLADistillArguments(output_dir=str(folder), **{**settings, **options})
     dataset: Any = [{"input_ids": chunk} for chunk in chunks]
