@@ -64,7 +64,12 @@ def sampled_windows(model: Any, windows: int, length: int, start: int | None = N
     if start is None:
         raise ValueError(f"{type(model).__name__} names no bos_token_id; pass start=, the first token to go on from.")
     first = torch.full((windows, 1), start, device=model.device)
-    options = {"max_new_tokens": length - 1, "min_new_tokens": length - 1, "eos_token_id": [], "pad_token_id": start}
+    options: dict[str, Any] = {
+        "max_new_tokens": length - 1,
+        "min_new_tokens": length - 1,
+        "eos_token_id": [],
+        "pad_token_id": start,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model.generate(

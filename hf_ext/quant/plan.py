@@ -76,7 +76,7 @@ def distortion(vector_size: int, code_bits: int) -> float:
 def candidates(base: MatrixShape, profile: MatrixProfile) -> list[MatrixShape]:
     """The shapes worth considering for a matrix, by bytes: the lower convex hull of predicted loss."""
     most = min(profile.out_features, profile.in_features)
-    ranks = RANKS
+    ranks: tuple[int, ...] = RANKS
     if base.decoder == "trellis":
         kinds = [replace(base, vector_size=size, code_bits=bits) for size, bits in QUARTERS]
         kinds = [replace(kind, rates=_rates(kind, profile)) for kind in kinds]
