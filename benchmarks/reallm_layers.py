@@ -55,7 +55,7 @@ def _ways(bits: int, trellis: dict[str, Any], vectors: dict[str, Any]) -> dict[s
     }
 
 
-WAYS = {"NF4, groups of 64": (NF4, {}, {}), **_ways(3, THREE, VECTORS_3), **_ways(2, TWO, VECTORS_2)}
+WAYS = {"NF4, groups of 64": (NF4, {}, {}), **_ways(2, TWO, VECTORS_2), **_ways(3, THREE, VECTORS_3)}
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
             cost += 0.5 * squared_error(weight - stored, unseen[name], costs[name])
             bits += 8 * sum(part.nbytes for part in found.parts.values())
         report.row(way=way, bits=round(bits / total, 3), cost=round(cost, 5), **errors)
-    report.save()
+        report.save()
 
 
 def _statistics(
