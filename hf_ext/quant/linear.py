@@ -104,8 +104,10 @@ class ReALLMLinear(nn.Linear):
     def kernel(self) -> CodebookWeight | TrellisWeight:
         """The parts as the kernels take them, prepared once."""
         if self._kernel is None or self._kernel.qweight is not self.qweight:
-            make = trellis_weight if self.shape.decoder == "trellis" else codebook_weight
-            self._kernel = make(self.parts, self.shape, self.in_features)
+            if self.shape.decoder == "trellis":
+                self._kernel = trellis_weight(self.parts, self.shape, self.in_features)
+            else:
+                self._kernel = codebook_weight(self.parts, self.shape, self.in_features)
         return self._kernel
 
     def set_low_rank(self, lr_a: Tensor | None, lr_b: Tensor | None, bits: int = 32) -> None:

@@ -223,7 +223,7 @@ def _keep(file: Path, solution: Solution) -> None:
 
 def _kept_shape(file: Path) -> MatrixShape:
     with safe_open(file, "pt") as opened:
-        return MatrixShape.from_dict(json.loads(opened.metadata()["shape"]))
+        return MatrixShape.from_dict(json.loads((opened.metadata() or {})["shape"]))
 
 
 def _kept_file(name: str, progress: Progress) -> Path | None:
