@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 ALONE = (
+    "trellis.py",
     "cla.py size",
     "cla.py speed",
     "cla_scratch.py --work {work}/cla_scratch",
@@ -46,6 +47,9 @@ WITH_DATA = (
     "cla_heal.py --train {books} --test {wikitext} --work {work}/cla_heal",
     "reallm_layers.py --calibration {data}/books --text {wikitext}",
     "reallm.py --calibration {data}/books --text {wikitext} pydoc {data}/gsm8k/test300.jsonl --work {work}/reallm",
+    "reallm.py --calibration {data}/books --text {wikitext} pydoc {data}/gsm8k/test300.jsonl --calibration-windows 8 "
+    "--calibration-length 512 --own-windows 8 --report reallm_quality --only float32 reallm-3 reallm-2 "
+    "--work {work}/reallm_quality",
 )
 WITH_PEER = ("fadam.py parity --peer {peer}",)
 
