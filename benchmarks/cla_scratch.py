@@ -49,9 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3, 4.5e-3])
-    parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="the first must be among them"
-    )
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="CLA2 must be among them")
     args = parser.parse_args()
     settings = {name: value for name, value in vars(args).items() if name in ("layers", "steps")}
     notes = Notes(args.work / "notes.json", settings)
