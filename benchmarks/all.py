@@ -20,6 +20,8 @@ ALONE = (
     "buckets.py quality --work {work}/buckets",
     "buckets.py speed",
     "buckets.py overhead",
+    "buckets.py control --work {work}/buckets",
+    "buckets_compile.py",
     "fadam.py step",
     "fadam.py convergence",
     "fadam.py spike",
