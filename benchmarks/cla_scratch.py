@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3, 4.5e-3])
+    parser.add_argument("--noted", action="store_true", help="report what FOLDER holds and train nothing")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="CLA2 must be among them")
     args = parser.parse_args()
     settings = {name: value for name, value in vars(args).items() if name in ("layers", "steps")}
@@ -62,7 +63,10 @@ def main() -> None:
 
     losses: dict[tuple[str, float], list[float]] = {}
     for rate, arm, seed in itertools.product(args.learning_rates, args.arms, range(args.seeds)):
-        measured = notes.once(f"{arm} {rate} {seed}", partial(run, arm, rate, seed))
+        key = f"{arm} {rate} {seed}"
+        if args.noted and key not in notes.found:
+            continue
+        measured = notes.once(key, partial(run, arm, rate, seed))
         losses.setdefault((arm, rate), []).append(measured)
     mean = {key: statistics.mean(found) for key, found in losses.items()}
     best = {arm: min(args.learning_rates, key=lambda rate, arm=arm: mean[arm, rate]) for arm in args.arms}
@@ -71,13 +75,14 @@ def main() -> None:
     report = Report(stem, {**settings, "seeds": args.seeds, "learning_rates": args.learning_rates})
     for (arm, rate), found in losses.items():
         model = example.build(**ARMS[arm], num_hidden_layers=args.layers)
-        pairs = [own - shared for own, shared in zip(found, losses[SHARED, best[SHARED]], strict=True)]
+        pairs = [own - shared for own, shared in zip(found, losses[SHARED, best[SHARED]], strict=False)]
         report.row(
             model=arm,
             learning_rate=rate,
             best=rate == best[arm],
             bytes_per_token=model.kv_bytes_per_token(),
             parameters=model.num_parameters(),
+            seeds=len(found),
             loss=mean[arm, rate],
             lowest=min(found),
             highest=max(found),
