@@ -1,11 +1,14 @@
 """``hf-ext chat`` end to end, piped and at a pseudo-terminal."""
 
+import json
 import os
 import pty
 import select
+import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -154,10 +157,20 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
 
 
+@pytest.fixture
+def endless(folder, tmp_path):
+    """The same model without an end token, so that no answer is over before it is interrupted."""
+    path = Path(shutil.copytree(folder, tmp_path / "endless"))
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps({**settings, "eos_token_id": None}))
+    return path
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a POSIX terminal")
-def test_at_a_terminal_interrupts_lose_nothing(folder, tmp_path):
+def test_at_a_terminal_interrupts_lose_nothing(endless, tmp_path):
     file = tmp_path / "talk"
-    terminal = Terminal("chat", folder, "--max-new-tokens", 1500, "--temperature", 1, "--save", file)
+    terminal = Terminal("chat", endless, "--max-new-tokens", 1500, "--temperature", 1, "--save", file)
     terminal.wait_for("> ")
     terminal.type("Hi\n")
     terminal.wait_for("Hi\r\n")

@@ -51,7 +51,7 @@ def test_bfloat16_trains_too_and_keeps_the_stored_types(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "plain", quantization_config=config)
     types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     before = gap(model, tiny_model())
-    options = DistillOptions(block_epochs=0, steps=30, lr=3e-3, precision="bfloat16", **SHORT)
+    options = DistillOptions(block_epochs=0, steps=30, lr=3e-4, precision="bfloat16", **SHORT)
     distill(model, tiny_model(), IDS, options=options, progress=False)
     assert gap(model, tiny_model()) < 0.8 * before
     assert types == {name: tensor.dtype for name, tensor in model.state_dict().items()}
