@@ -51,6 +51,10 @@ def ours() -> dict[str, Any]:
             flat(0.6, "pyramid_infer_cache"),
             {**DECO2_PRE, "extra_bits": 1.0},
         ],
+        "flat (cache) 0.52 + decoquant 3.5 bits pre-RoPE": [
+            flat(0.52, "pyramid_infer_cache"),
+            {**DECO2_PRE, "extra_bits": 1.5},
+        ],
         "flat 0.65 + decoquant-2": [flat(0.65), DECO2],
         "flat 0.55 + decoquant 3 bits": [flat(0.55), {**DECO2, "extra_bits": 1.0}],
         "flat 0.42 + decoquant-4": [flat(0.42), DECO4],
