@@ -6,15 +6,13 @@ A weight ``[out, in]`` is stored as one code per ``d`` consecutive columns. Posi
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from hf_ext.kernels.codebook_cpu import decode_compiled, gemv_compiled
+from hf_ext.kernels.decoded_linear import decoded_linear, product_dtype
 from hf_ext.kernels.pack import unpack
-
-GEMV_ROWS = 4  # up to this many input rows a fused product beats decoding once and multiplying
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,8 @@ def decode(weight: CodebookWeight, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def codebook_linear(x: Tensor, weight: CodebookWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, without keeping ``Q`` dense.
-
-    The gradient with respect to ``x`` decodes again; the stored weight gets none. Results come in the type of ``x``.
-    """
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    y = None if differentiable or not 0 < x.shape[:-1].numel() <= GEMV_ROWS else gemv_compiled(x, weight)
-    if y is None:
-        y = _CodebookProduct.apply(x, weight) if differentiable else _multiply(x, weight)
-        if weight.lr_a is not None and weight.lr_b is not None:
-            y = y + low_rank_product(x, weight.lr_a, weight.lr_b, weight.lr_scale)
-    return y if bias is None else y + bias.to(y.dtype)
+    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
+    return decoded_linear(x, weight, bias, gemv_compiled, _multiply, decode)
 
 
 def codebook_linear_reference(x: Tensor, weight: CodebookWeight, bias: Tensor | None = None) -> Tensor:
@@ -84,25 +73,6 @@ def codebook_linear_reference(x: Tensor, weight: CodebookWeight, bias: Tensor | 
         scale = 1 if weight.lr_scale is None else weight.lr_scale
         dense = dense + (weight.lr_b.float() * scale) @ weight.lr_a.float()
     return torch.nn.functional.linear(x.float(), dense, None if bias is None else bias.float()).to(x.dtype)
-
-
-def low_rank_product(x: Tensor, lr_a: Tensor, lr_b: Tensor, lr_scale: Tensor | None = None) -> Tensor:
-    """``x @ lr_a.T @ lr_b.T`` in the type of ``x``: the same operations, in the same order, as a LoRA adapter's."""
-    lr_a, lr_b = float_factors(lr_a, lr_b, lr_scale)
-    dtype = product_dtype(x.dtype, x.device.type)
-    low = torch.nn.functional.linear(x.to(dtype), lr_a.to(dtype))
-    return torch.nn.functional.linear(low, lr_b.to(dtype)).to(x.dtype)
-
-
-def float_factors(lr_a: Tensor, lr_b: Tensor, lr_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factors of the low-rank term without ``lr_scale``, which both share alike.
-
-    So neither overflows in float16, and both are of a size that one learning rate suits.
-    """
-    if lr_scale is None:
-        return lr_a, lr_b
-    root = lr_scale.sqrt()
-    return lr_a * root[:, None], lr_b * root
 
 
 def scale_groups(values: Tensor, scales: Tensor, zeros: Tensor | None, group: int) -> Tensor:
@@ -125,30 +95,3 @@ def _multiply(x: Tensor, weight: CodebookWeight) -> Tensor:
     """``x @ Q.T``, in a type that this device multiplies in; the result has the type of ``x``."""
     dtype = product_dtype(x.dtype, x.device.type)
     return torch.nn.functional.linear(x.to(dtype), decode(weight, dtype)).to(x.dtype)
-
-
-@cache
-def product_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """The type to multiply matrices in: float32 for half types on a CPU without instructions for them.
-
-    There torch takes five to ten times as long for the same product in half precision as in float32.
-    """
-    if device != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    mkldnn = torch.ops.mkldnn
-    known = mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
-    return dtype if known() else torch.float32
-
-
-class _CodebookProduct(torch.autograd.Function):
-    """``x @ Q.T``: decoded for this call only, and once more for the gradient."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: CodebookWeight) -> Tensor:
-        ctx.weight = weight  # type: ignore[attr-defined]
-        return _multiply(x, weight)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        dtype = product_dtype(grad.dtype, grad.device.type)
-        return (grad.to(dtype) @ decode(ctx.weight, dtype)).to(grad.dtype), None  # type: ignore[attr-defined]

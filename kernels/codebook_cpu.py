@@ -11,26 +11,23 @@ import torch
 from torch import Tensor
 
 from hf_ext.kernels.native import load_native
+from hf_ext.kernels.native_weight import FACTOR_TYPES, TYPES, NativeWeight, native_factors
 
 if TYPE_CHECKING:
     from hf_ext.kernels.codebook import CodebookWeight
-
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-FACTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 3}
 
 
 _POINTERS = ("packed", "table", "scales", "zeros", "perm", "lr_a", "lr_b", "lr_scale")
 
 
-class _Weight(ctypes.Structure):
-    """``struct Weight`` of the source, and the tensors it points into."""
+class _Weight(NativeWeight):
+    """``struct Weight`` of the source."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in ("out", "inputs", "row_bytes", "group", "groups", "rank")),
         *((name, ctypes.c_int32) for name in ("bits", "size", "width", "scale_type", "perm_bytes", "lr_type")),
     )
-    tensors: tuple[Tensor | None, ...]
 
 
 def decode_compiled(weight: "CodebookWeight", dtype: torch.dtype) -> Tensor | None:
@@ -65,11 +62,10 @@ def prepare(weight: "CodebookWeight") -> Any:
     width = next(width for width in (1, 2, 4, 8) if width >= size)
     rows = max(0, 16 - len(weight.table)) if width == 1 else 0  # two registers are read whole
     table = torch.nn.functional.pad(weight.table.float(), (0, width - size, 0, rows)).contiguous()
-    factors = [None if part is None else _factor(part) for part in (weight.lr_a, weight.lr_b)]
+    factors = native_factors(weight.lr_a, weight.lr_b)
     held = [weight.qweight, table, weight.scales, weight.zeros, weight.perm, *factors, weight.lr_scale]
-    tensors = tuple(None if tensor is None else tensor.contiguous() for tensor in held)
-    prepared = _Weight(
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+    reference = _Weight.pointing_to(
+        held,
         len(weight.qweight),
         weight.in_features,
         weight.qweight.shape[1],
@@ -83,14 +79,8 @@ def prepare(weight: "CodebookWeight") -> Any:
         0 if weight.perm is None else weight.perm.element_size(),
         0 if factors[0] is None else FACTOR_TYPES[factors[0].dtype],
     )
-    prepared.tensors = tensors
-    reference = ctypes.byref(prepared)
     vars(weight)["_prepared"] = reference
     return reference
-
-
-def _factor(part: Tensor) -> Tensor:
-    return part.detach() if part.dtype in FACTOR_TYPES else part.detach().float()
 
 
 def _on_cpu(weight: "CodebookWeight") -> bool:

@@ -17,12 +17,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_ext.kernels.codebook import low_rank_product, product_dtype, to_columns
+from hf_ext.kernels.codebook import to_columns
+from hf_ext.kernels.decoded_linear import decoded_linear, product_dtype
 from hf_ext.kernels.trellis_cpu import decode_compiled, gemv_compiled, viterbi_compiled
 
 MAX_WIDTH = 6  # bits a weight
 STATE_BITS = range(8, 15)  # bits that one value may depend on
-GEMV_ROWS = 4  # up to this many input rows a fused product beats decoding once and multiplying
 
 # For each width, the step between neighbouring states in units of all quantiles: the best found for a normal source
 # among odd numbers of 4,096ths.
@@ -111,18 +111,8 @@ def column_slices(weight: TrellisWeight, count: int) -> list[tuple[Tensor, Trell
 
 
 def trellis_linear(x: Tensor, weight: TrellisWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, without keeping ``Q`` dense.
-
-    The gradient with respect to ``x`` decodes again; the stored weight gets none. Results come in the type of ``x``.
-    """
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    few = not differentiable and 0 < x.shape[:-1].numel() <= GEMV_ROWS
-    y = gemv_compiled(x, weight, trellis_tables(weight.state_bits)) if few else None
-    if y is None:
-        y = _TrellisProduct.apply(x, weight) if differentiable else _multiply(x, weight)
-        if weight.lr_a is not None and weight.lr_b is not None:
-            y = y + low_rank_product(x, weight.lr_a, weight.lr_b, weight.lr_scale)
-    return y if bias is None else y + bias.to(y.dtype)
+    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
+    return decoded_linear(x, weight, bias, _gemv, _multiply, decode)
 
 
 def viterbi(target: Tensor, weights: Tensor, width: int, state_bits: int) -> Tensor:
@@ -180,6 +170,11 @@ def _unpack_columns(packed: Tensor, width: int, out: int) -> Tensor:
     return (bits << torch.arange(width - 1, -1, -1, device=packed.device)).sum(-1)
 
 
+def _gemv(x: Tensor, weight: TrellisWeight) -> Tensor | None:
+    """The whole product of a few rows straight from the bits; None where this machine cannot."""
+    return gemv_compiled(x, weight, trellis_tables(weight.state_bits))
+
+
 def _multiply(x: Tensor, weight: TrellisWeight) -> Tensor:
     """``x @ Q.T`` in a type that this device multiplies in; the result has the type of ``x``.
 
@@ -191,17 +186,3 @@ def _multiply(x: Tensor, weight: TrellisWeight) -> Tensor:
         x = x if weight.perm is None else x.index_select(-1, weight.perm.to(torch.int32))
         columns = _decode_columns(weight).to(dtype)
     return (x.to(dtype) @ columns).to(x.dtype)
-
-
-class _TrellisProduct(torch.autograd.Function):
-    """``x @ Q.T``: decoded for this call only, and once more for the gradient."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: TrellisWeight) -> Tensor:
-        ctx.weight = weight  # type: ignore[attr-defined]
-        return _multiply(x, weight)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        dtype = product_dtype(grad.dtype, grad.device.type)
-        return (grad.to(dtype) @ decode(ctx.weight, dtype)).to(grad.dtype), None  # type: ignore[attr-defined]

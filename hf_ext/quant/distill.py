@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_ext.kernels.codebook import low_rank_product
+from hf_ext.kernels.decoded_linear import low_rank_product
 from hf_ext.options import Options
 from hf_ext.quant.calibration import calibration_windows, capture_block_inputs, find_blocks
 from hf_ext.quant.linear import ReALLMLinear, quantized_layers

@@ -6,7 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hf_ext.kernels.codebook import CodebookWeight, codebook_linear, low_rank_product
+from hf_ext.kernels.codebook import CodebookWeight, codebook_linear
+from hf_ext.kernels.decoded_linear import low_rank_product
 from hf_ext.kernels.trellis import TrellisWeight, column_slices, trellis_linear
 from hf_ext.quant.container import Parts, codebook_weight, dense_quantized, empty_parts, trellis_weight
 from hf_ext.quant.low_rank import restore_low_rank, store_low_rank

@@ -9,7 +9,7 @@ errors are nearly white); weighted by the inputs, a few channels carry most of i
 import torch
 from torch import Tensor
 
-from hf_ext.kernels.codebook import float_factors
+from hf_ext.kernels.decoded_linear import float_factors
 
 
 def whitened_low_rank(
