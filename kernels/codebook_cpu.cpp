@@ -11,73 +11,9 @@
 #include <immintrin.h>
 #endif
 
+#include "elements.h"
+
 namespace {
-
-enum Type : int32_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3 };
-
-float half_to_float(uint16_t h) {
-#if defined(__F16C__)
-    return _cvtsh_ss(h);
-#else
-    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
-    if (exponent == 31) bits = sign | 0x7f800000 | mantissa << 13;
-    else if (exponent) bits = sign | (exponent + 112) << 23 | mantissa << 13;
-    else {
-        float value = float(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-        return sign ? -value : value;
-    }
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-#endif
-}
-
-uint16_t float_to_half(float value) {
-#if defined(__F16C__)
-    return _cvtss_sh(value, 0);
-#else
-    _Float16 half = _Float16(value);
-    uint16_t bits;
-    std::memcpy(&bits, &half, 2);
-    return bits;
-#endif
-}
-
-float bfloat_to_float(uint16_t b) {
-    uint32_t bits = uint32_t(b) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-uint16_t float_to_bfloat(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float read(const void *data, int64_t index, int32_t type) {
-    if (type == F32) return static_cast<const float *>(data)[index];
-    if (type == I8) return static_cast<const int8_t *>(data)[index];
-    uint16_t bits = static_cast<const uint16_t *>(data)[index];
-    return type == F16 ? half_to_float(bits) : bfloat_to_float(bits);
-}
-
-void read_row(const void *data, int64_t at, float *values, int64_t n, int32_t type) {
-    if (type == F32) std::memcpy(values, static_cast<const float *>(data) + at, n * 4);
-    else for (int64_t i = 0; i < n; i++) values[i] = read(data, at + i, type);
-}
-
-void write_row(void *data, int64_t at, const float *values, int64_t n, int32_t type) {
-    if (type == F32) {
-        std::memcpy(static_cast<float *>(data) + at, values, n * 4);
-        return;
-    }
-    uint16_t *out = static_cast<uint16_t *>(data) + at;
-    if (type == F16) for (int64_t i = 0; i < n; i++) out[i] = float_to_half(values[i]);
-    else for (int64_t i = 0; i < n; i++) out[i] = float_to_bfloat(values[i]);
-}
 
 uint64_t spread(uint64_t word, int32_t bits) {
     const uint64_t mask = (1ull << bits) - 1;

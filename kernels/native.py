@@ -1,8 +1,8 @@
 """Compiles a small C or C++ source file of this folder once per machine, and loads it through ctypes.
 
 No header of torch is needed, so a file compiles in seconds with any compiler. Libraries are kept in
-``$TORCH_EXTENSIONS_DIR/hf_ext`` (or ``~/.cache/torch_extensions/hf_ext``) under a name made of the source, the flags
-and the CPU's instruction sets. Processes that race compile twice and never see half a file.
+``$TORCH_EXTENSIONS_DIR/hf_ext`` (or ``~/.cache/torch_extensions/hf_ext``) under a name made of the source, the
+headers, the flags and the CPU's instruction sets. Processes that race compile twice and never see half a file.
 """
 
 import ctypes
@@ -70,4 +70,5 @@ def _fingerprint(source: Path) -> str:
     if info.is_file():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         cpu += next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return hashlib.sha256(source.read_bytes() + " ".join((*FLAGS, *SHARED, cpu)).encode()).hexdigest()[:16]
+    parts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    return hashlib.sha256(b"".join(parts) + " ".join((*FLAGS, *SHARED, cpu)).encode()).hexdigest()[:16]

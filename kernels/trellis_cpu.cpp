@@ -13,36 +13,9 @@
 #include <immintrin.h>
 #endif
 
+#include "elements.h"
+
 namespace {
-
-enum Type : int32_t { F32 = 0, F16 = 1, BF16 = 2, I8 = 3 };
-
-float bfloat_to_float(uint16_t b) {
-    uint32_t bits = uint32_t(b) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-uint16_t float_to_bfloat(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float read(const void *data, int64_t index, int32_t type) {
-    if (type == F32) return static_cast<const float *>(data)[index];
-    if (type == I8) return static_cast<const int8_t *>(data)[index];
-    if (type == F16) return float(static_cast<const _Float16 *>(data)[index]);
-    return bfloat_to_float(static_cast<const uint16_t *>(data)[index]);
-}
-
-void write(void *data, int64_t index, float value, int32_t type) {
-    if (type == F32) static_cast<float *>(data)[index] = value;
-    else if (type == F16) static_cast<_Float16 *>(data)[index] = _Float16(value);
-    else static_cast<uint16_t *>(data)[index] = float_to_bfloat(value);
-}
 
 int64_t column_bytes(int64_t out, int32_t width) { return (out * width + 7) / 8; }
 
@@ -207,7 +180,7 @@ static const float *table_of(const Weight *w, int32_t width) { return w->tables 
 void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, int32_t threads) {
     std::vector<float> inputs(rows * w->in), line(w->in), low(rows * w->rank);
     for (int64_t r = 0; r < rows; r++) {
-        for (int64_t j = 0; j < w->in; j++) line[j] = read(x, r * w->in + j, type);
+        read_row(x, r * w->in, line.data(), w->in, type);
         for (int64_t k = 0; k < w->in; k++) inputs[r * w->in + k] = line[column_of(w, k)];
         for (int64_t i = 0; i < w->rank; i++) {
             float *total = &low[r * w->rank + i];
