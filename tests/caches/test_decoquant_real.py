@@ -9,19 +9,9 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from hf_ext import make_cache
-from hf_ext.default_model import default_model_path, load_model
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 PROMPT, SCORED = 2048, 256
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    try:
-        default_model_path(online=False)
-    except (OSError, ImportError) as error:
-        pytest.skip(str(error))
-    return load_model()
 
 
 def nats(model, cache, ids):
@@ -35,8 +25,8 @@ def nats(model, cache, ids):
 
 
 @torch.inference_mode()
-def test_four_bits_are_near_the_dense_cache_at_a_quarter_of_float16(loaded, record_property):
-    model, tokenizer = loaded
+def test_four_bits_are_near_the_dense_cache_at_a_quarter_of_float16(real_model, record_property):
+    model, tokenizer = real_model
     text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
     ids = tokenizer(text[200_000:260_000], return_tensors="pt").input_ids[0]
     more = []

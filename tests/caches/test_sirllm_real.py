@@ -4,23 +4,13 @@ import pytest
 import torch
 
 from hf_ext import make_cache
-from hf_ext.default_model import default_model_path, load_model
 
 pytestmark = pytest.mark.real_model
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    try:
-        default_model_path(online=False)
-    except (OSError, ImportError) as error:
-        pytest.skip(str(error))
-    return load_model()
-
-
 @torch.inference_mode()
-def test_entropies_equal_float64_to_1e_5(loaded):
-    model, tokenizer = loaded
+def test_entropies_equal_float64_to_1e_5(real_model):
+    model, tokenizer = real_model
     text = "The quick brown fox was last seen near Ljubljana, with seven alpacas."
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     cache = make_cache(model, "sirllm")
@@ -33,8 +23,8 @@ def test_entropies_equal_float64_to_1e_5(loaded):
 
 
 @torch.inference_mode()
-def test_surprising_words_stay_and_the_window_loses_them(loaded):
-    model, tokenizer = loaded
+def test_surprising_words_stay_and_the_window_loses_them(real_model):
+    model, tokenizer = real_model
     filler = "The weather was fine and the sun was in the sky and the people went to the park. " * 8
     ids = tokenizer("My name is Zephyrine and I keep seven alpacas. " + filler, return_tensors="pt")["input_ids"]
     kept = {}

@@ -10,7 +10,7 @@ from hf_ext.cli import demo_recall
 from hf_ext.cli import demo_script as script
 from hf_ext.cli.demo_recall import Recall, exchanges, recall, steps
 from hf_ext.cli.turns import TurnFormat
-from hf_ext.default_model import default_model_path, load_model
+from hf_ext.default_model import load_model
 
 
 @pytest.fixture
@@ -75,11 +75,8 @@ def test_the_script_is_fair():
 
 @pytest.mark.real_model
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_folder")
 def test_sirllm_remembers_what_the_sink_window_forgets(hf_ext_command, tmp_path):
-    try:
-        default_model_path(online=False)
-    except (OSError, ImportError) as error:
-        pytest.skip(str(error))
     numbers = tmp_path / "numbers.json"
     assert hf_ext_command("demo", "--out", tmp_path / "demo.png", "--json", numbers)[0] == 0
     full, sirllm, sinks = json.loads(numbers.read_text()).values()

@@ -5,17 +5,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from hf_ext.default_model import default_model_path
-
-pytestmark = pytest.mark.real_model
-
-
-@pytest.fixture(autouse=True)
-def _model_is_here():
-    try:
-        default_model_path(online=False)
-    except (OSError, ImportError) as error:
-        pytest.skip(str(error))
+pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("default_folder")]
 
 
 def test_info(hf_ext_command):
