@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hf_ext import make_cache
 from hf_ext.caches.base import HfExtCache
-from hf_ext.caches.evicting import EvictConfig, Evicts
+from hf_ext.caches.evicting import EvictConfig
+from hf_ext.caches.evicting_layer import Evicts
 from hf_ext.caches.forward import Forward
 from hf_ext.caches.observed import MARK
 

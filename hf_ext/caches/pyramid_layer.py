@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.caches.budgets import generation_keep
-from hf_ext.caches.evicting import Evicts
+from hf_ext.caches.evicting_layer import Evicts
 from hf_ext.caches.observed import ObservedLayer
 from hf_ext.caches.packed_layer import PackedLayer
 from hf_ext.kernels.window_scores import smooth, window_scores

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_ext.caches.evicting import EvictConfig, Evicts
+from hf_ext.caches.evicting import EvictConfig
+from hf_ext.caches.evicting_layer import Evicts
 from hf_ext.kernels.window_scores import window_scores
 
 

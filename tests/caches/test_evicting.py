@@ -308,7 +308,7 @@ def test_scores_of_queries_that_waited_are_those_given_at_once(inner):
         for token in ids[:, 20:].split(1, 1):
             expected = model(token, past_key_values=waits).logits
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("hf_ext.caches.evicting.WAITING", 1)
+                patch.setattr("hf_ext.caches.evicting_layer.WAITING", 1)
                 got = model(token, past_key_values=at_once).logits
             assert at_once.own_layers[0].waiting is None
             assert_close("logits", expected, got, 1e-9)
