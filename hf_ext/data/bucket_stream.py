@@ -12,6 +12,8 @@ from hf_ext.options import positive_integer
 
 logger = logging.getLogger(__name__)
 
+READ = 64  # rows taken from a stream of `datasets` at a time
+
 Row = dict[str, Any]
 
 
@@ -78,7 +80,7 @@ class BucketStream(IterableDataset[list[Row]]):
         """The rows of each optimizer step, on all processes together."""
         waiting: dict[int, list[Row]] = {length: [] for length in self.lengths}
         windows, full = 0, 0
-        for row in self.rows:
+        for row in _whole(self.rows):
             length = len(row["input_ids"])
             if length not in waiting:
                 raise ValueError(f"A row of {length} tokens fits none of the lengths {self.lengths}.")
@@ -114,3 +116,13 @@ class BucketStream(IterableDataset[list[Row]]):
         for bucket in epoch_order(batches, self.odds, 1, rng, self.odds_mode):
             queue = queues[self.lengths[bucket]]
             yield [next(queue) for _ in range(sizes[bucket])]
+
+
+def _whole(rows: Any) -> Iterator[Row]:
+    """All rows, also in a worker of a `DataLoader`, where a `datasets.IterableDataset` hands out only a part."""
+    if not hasattr(rows, "iter"):
+        yield from rows
+        return
+    for batch in rows.iter(READ):  # knows nothing of workers
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))

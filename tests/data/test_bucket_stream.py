@@ -1,5 +1,6 @@
 """`BucketStream`: one bucket and constant tokens a step, no row lost or doubled, processes and workers aligned."""
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +58,17 @@ def test_workers_do_not_change_the_order():
         loader = DataLoader(
             stream(lengths, window_steps=7, micro_batches=2), batch_size=None, num_workers=workers, collate_fn=numbers
         )
+        assert list(loader) == expected
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_workers_that_a_dataset_would_give_a_part_of_its_shards(shards):
+    rows = rows_of([4, 8, 16, 16, 8, 4, 4] * 30)
+    expected = [numbers(b) for b in BucketStream(rows, TOKENS, lengths=LENGTHS, window_steps=7, micro_batches=2)]
+    data = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=shards)
+    streamed = BucketStream(data, TOKENS, lengths=LENGTHS, window_steps=7, micro_batches=2)
+    for workers in (0, 2):
+        loader = DataLoader(streamed, batch_size=None, num_workers=workers, collate_fn=numbers)
         assert list(loader) == expected
 
 
