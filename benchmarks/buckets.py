@@ -5,7 +5,7 @@ on the machine does not enter:
 
     python benchmarks/buckets.py quality    # a small Llama trained on equal tokens, three seeds (about half an hour)
     python benchmarks/buckets.py control    # where the loss is won: other arms of the same experiment
-    python benchmarks/buckets.py speed      # seconds a step by length, and the speed-up the FLOP formula predicts
+    python benchmarks/buckets.py speed      # seconds a step by length and kind of work, and the speed-up predicted
     python benchmarks/buckets.py overhead   # decomposition, sampler memory and look-up for 100 million sequences
 """
 
@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import torch
 from _bucket_arms import EOS, VOCABULARY, Batch, Corpus, arm_steps, as_dataset, batch_of, buckets, corpus, packs
+from _bucket_profile import foretold_seconds, shares_by_kind
 from _run import RESULTS, Report
 
 from hf_ext.data.bucket_sampler import BucketBatchSampler
@@ -190,7 +191,8 @@ def report_quality(runs: dict[tuple[str, int], dict[str, Any]], settings: dict[s
             seconds_to_concat_chunk_loss=None if None in reached else statistics.mean(filter(None, reached)),
         )  # fmt: skip
     report.save()
-    _plot(runs, arguments)
+    if arguments.part == "quality":
+        _plot(runs, arguments)
 
 
 def _seconds_to_loss(curve: list[dict[str, float]], loss: float) -> float | None:
@@ -227,18 +229,23 @@ def _plot(runs: dict[tuple[str, int], dict[str, Any]], arguments: Any) -> None:
     )
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / f"buckets_{arguments.part}.png", dpi=110)
+    figure.savefig(RESULTS / "buckets_quality.png", dpi=110)
 
 
-def step_seconds(model: Any, batch: Batch, repeats: int) -> float:
-    """Median CPU seconds of a forward and backward pass, after one that is not counted."""
+def step_seconds(model: Any, batch: Batch, repeats: int) -> dict[str, float]:
+    """Median CPU seconds of a forward and backward pass, after one that is not counted, and their parts by kind."""
+
+    def step() -> None:
+        loss_sum(model, batch)[0].backward()
+        model.zero_grad()
+
     measured = []
     for _ in range(repeats + 1):
         start = time.process_time()
-        loss_sum(model, batch)[0].backward()
+        step()
         measured.append(time.process_time() - start)
-        model.zero_grad()
-    return statistics.median(measured[1:])
+    seconds = statistics.median(measured[1:])
+    return {"seconds": seconds, **{kind: share * seconds for kind, share in shares_by_kind(step).items()}}
 
 
 def speed(arguments: argparse.Namespace) -> None:
@@ -257,39 +264,39 @@ def speed(arguments: argparse.Namespace) -> None:
         for length in sorted(PAPER_TABLE_1):
             ids = np.random.default_rng(0).integers(0, 256, (context // length, length))
             seconds[length] = step_seconds(model, batch_of(ids), arguments.repeats)
-            report.row(
-                shape=shape,
-                layout="bucket",
-                length=length,
-                seconds=seconds[length],
-                tokens_per_second=context / seconds[length],
-            )
+            rate = context / seconds[length]["seconds"]
+            report.row(shape=shape, layout="bucket", length=length, **seconds[length], tokens_per_second=rate)
         for name, mixture in mixtures.items():
             report.row(shape=shape, layout="mixture", mixture=name, **speed_ups(model, seconds, mixture, context))
         packed = _packed_row(data, context)
         taken = step_seconds(model, packed, 1)
-        report.row(
-            shape=shape,
-            layout="trl-bfd row",
-            length=context,
-            seconds=taken,
-            tokens_per_second=packed["input_ids"].numel() / taken,
-        )
+        rate = packed["input_ids"].numel() / taken["seconds"]
+        report.row(shape=shape, layout="trl-bfd row", length=context, **taken, tokens_per_second=rate)
         report.save()
 
 
-def speed_ups(model: Any, seconds: dict[int, float], mixture: dict[int, float], context: int) -> dict[str, float]:
-    """Measured and predicted speed-up of a mixture over rows of ``context`` tokens, equal tokens."""
+def speed_ups(
+    model: Any, seconds: dict[int, dict[str, float]], mixture: dict[int, float], context: int
+) -> dict[str, float]:
+    """Speed-up of a mixture over rows of ``context`` tokens at equal tokens: measured, and predicted in three ways.
+
+    By the FLOP formula, with attention to the unmasked half or to all; and by the profile of the rows of ``context``
+    tokens, which knows what the formula leaves out.
+    """
     total = sum(mixture.values())
     share = {length: tokens / total for length, tokens in mixture.items()}
-    taken = sum(part * seconds[length] for length, part in share.items())
+    base = dict(seconds[context])
+    whole = base.pop("seconds")
     predicted = {
-        causal: training_flops(model, {context: 1.0}, causal) / training_flops(model, share, causal)
-        for causal in (False, True)
+        name: training_flops(model, {context: 1.0}, causal) / training_flops(model, share, causal)
+        for name, causal in (("causal", True), ("dense", False))
     }
-    measured = seconds[context] / taken
-    return {"speed_up": measured, "predicted_causal": predicted[True], "predicted_dense": predicted[False],
-            "of_causal": measured / predicted[True], "of_dense": measured / predicted[False]}  # fmt: skip
+    predicted["profile"] = whole / sum(
+        part * foretold_seconds(base, context, length) for length, part in share.items()
+    )
+    measured = whole / sum(part * seconds[length]["seconds"] for length, part in share.items())
+    ratios = {f"of_{name}": measured / value for name, value in predicted.items()}
+    return {"speed_up": measured, **{f"predicted_{name}": value for name, value in predicted.items()}, **ratios}
 
 
 def _packed_row(data: Corpus, context: int) -> Batch:
