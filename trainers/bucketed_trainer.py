@@ -255,11 +255,12 @@ class BucketedTrainerMixin:
             sampler.check(self._resume_state)
 
     def bucket_state(self) -> dict[str, Any] | None:
-        """Where the sampler stands after the steps done; None on a stream."""
-        if self.bucket_sampler is None:
+        """Where the sampler stands after the steps (after an epoch: at the next one's start); None for a stream."""
+        sampler = self.bucket_sampler
+        if sampler is None:
             return None
-        done = self.state.global_step % self.bucket_sampler.steps  # type: ignore[attr-defined]
-        return self.bucket_sampler.state_dict(done * self.bucket_sampler.micro_batches)
+        epoch, done = divmod(self.state.global_step, sampler.steps)  # type: ignore[attr-defined]
+        return sampler.state_dict(done * sampler.micro_batches, epoch)
 
     # ---- measuring ----
 

@@ -7,6 +7,7 @@ batch sampler for `torch.utils.data.DataLoader`.
 import logging
 import zlib
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +83,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         odds_mode: str = "token-weighted",
     ) -> None:
         is_dataset = hasattr(buckets, "column_names")
-        self._exponents = exponents(buckets) if is_dataset else np.asarray(buckets, dtype=np.int8)
+        self._exponents = exponents(buckets) if is_dataset else _exponents(buckets)
         self._content = content_crc(buckets) if is_dataset else 0
         counts = np.bincount(self._exponents, minlength=1) if len(self._exponents) else np.zeros(1, dtype=np.int64)
         self._ks = np.flatnonzero(counts)
@@ -157,7 +158,13 @@ class BucketBatchSampler(Sampler[list[int]]):
             self.epoch, self._position, self._resume_at = int(epoch), 0, 0
 
     def batch(self, index: int) -> list[int]:
-        """Rows of one micro-batch of the current epoch: ``index // micro_batches`` is the step."""
+        """Rows of one micro-batch of the current epoch: ``index // micro_batches`` is the step.
+
+        Raises:
+            IndexError: there is no such micro-batch.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"A micro-batch of the epoch has an index from 0 to {len(self) - 1}, got {index}.")
         step, part = divmod(index, self.micro_batches)
         epoch = self._plan()
         bucket = int(epoch.order[step])
@@ -175,17 +182,19 @@ class BucketBatchSampler(Sampler[list[int]]):
             self._position = index + 1
             yield self.batch(index)
 
-    def state_dict(self, batches_taken: int | None = None) -> dict[str, Any]:
-        """Where the epoch stands, as JSON values.
+    def state_dict(self, batches_taken: int | None = None, epoch: int | None = None) -> dict[str, Any]:
+        """Where training stands, as JSON values.
 
         Args:
-            batches_taken: micro-batches of this epoch that training has used. A `DataLoader` with workers asks for
+            batches_taken: micro-batches of the epoch that training has used. A `DataLoader` with workers asks for
                 batches ahead of time, so there the number must be given; None takes what was handed out.
+            epoch: default the current one.
         """
         position = self._position if batches_taken is None else int(batches_taken)
+        epoch = self.epoch if epoch is None else int(epoch)
         step, part = divmod(position, self.micro_batches)
-        place = {"epoch": self.epoch, "step": step, "micro_batch": part, "micro_batches": self.micro_batches}
-        return {**place, **self.identity()}
+        place = {"epoch": epoch, "step": step, "micro_batch": part, "micro_batches": self.micro_batches}
+        return {**place, **self.identity(epoch)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, also with another number of micro-batches at a step's beginning.
@@ -274,8 +283,17 @@ def _rng(seed: int, epoch: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, epoch, stream]))
 
 
+def _exponents(given: Any) -> NDArray[np.int8]:
+    values = np.asarray(given)
+    if values.size and (values.ndim != 1 or values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 62):
+        raise ValueError(
+            f"buckets must be a dataset or the log2 of every row's length (integers from 0 to 62), got {given!r}."
+        )
+    return values.astype(np.int8, copy=False)
+
+
 def _seed(seed: int) -> int:
-    if seed != int(seed) or seed < 0:
+    if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed!r}.")
     return int(seed)
 

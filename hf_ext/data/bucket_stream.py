@@ -29,17 +29,18 @@ class BucketStream(IterableDataset[list[Row]]):
     Args:
         rows: an iterable of rows with ``input_ids``, such as `decompose` gives for a `datasets.IterableDataset`.
         tokens_per_batch: tokens of one optimizer step, on all processes together.
-        lengths: the lengths that may occur, ascending.
+        lengths: the lengths that may occur.
         curriculum: see `curriculum_odds`.
         window_steps: steps of a window; it is held in memory.
         micro_batches: lists that a step is handed out in: processes times gradient accumulation steps.
-        process_index: which process this is.
-        num_processes: of how many.
+        process_index: which process this is, from 0.
+        num_processes: of how many; each takes equally many micro-batches.
         seed: of the order.
         odds_mode: see `epoch_order`.
 
     Raises:
-        ValueError: a number is not positive, or a micro-batch cannot hold a sequence of the longest length.
+        ValueError: a number is not positive, a micro-batch does not hold whole sequences of every length, or the
+            micro-batches cannot be shared out equally.
     """
 
     def __init__(
@@ -60,11 +61,18 @@ class BucketStream(IterableDataset[list[Row]]):
         self.tokens_per_batch = positive_integer("tokens_per_batch", tokens_per_batch)
         self.window_steps = positive_integer("window_steps", window_steps)
         self.micro_batches = positive_integer("micro_batches", micro_batches)
-        self.lengths = list(lengths)
-        if tokens_per_batch % (self.lengths[-1] * micro_batches):
+        self.lengths = sorted(positive_integer("a length", length) for length in lengths)
+        if not self.lengths:
+            raise ValueError("lengths must name at least one length, got none.")
+        if odd := [length for length in self.lengths if tokens_per_batch % (length * micro_batches)]:
             raise ValueError(
-                f"tokens_per_batch must be a multiple of {micro_batches} micro-batches times the longest length "
-                f"({self.lengths[-1]} tokens), got {tokens_per_batch}."
+                f"tokens_per_batch must be a multiple of {micro_batches} micro-batches times every length, got "
+                f"{tokens_per_batch} for sequences of {odd[-1]} tokens."
+            )
+        if micro_batches % positive_integer("num_processes", num_processes) or not 0 <= process_index < num_processes:
+            raise ValueError(
+                f"Every process needs a number from 0 and equally many of the {micro_batches} micro-batches, got "
+                f"process_index={process_index} and num_processes={num_processes}."
             )
         self.odds = curriculum_odds(curriculum, self.lengths)
         self.process_index, self.num_processes = process_index, num_processes

@@ -15,6 +15,7 @@ from hf_ext.data.pieces import Integers, check_lengths, cut, round_up
 from hf_ext.options import Options
 
 IGNORED = -100
+LIST_TOKENS = 2**31 - 1  # what the offsets of an Arrow list can count
 MASKS = ("completion_mask", "assistant_masks")
 REMAINDERS = ("drop", "pad")
 
@@ -95,8 +96,8 @@ def decompose(
         ``positions`` ``document`` and ``offset``.
 
     Raises:
-        ValueError: an option is not allowed, there are no ``input_ids``, documents are padded, or labels and ids of
-            a document differ in length.
+        ValueError: an option is not allowed or does not fit the type of the ids; ``input_ids`` are missing or no lists
+            of integers; documents are padded; or labels and ids of a document differ in length.
     """
     options = Decomposition(min_length, max_length, eos_token_id, remainder, pad_token_id, positions)
     columns = document_columns(documents)
@@ -104,6 +105,8 @@ def decompose(
     settings: dict[str, Any] = {"batched": True, "batch_size": batch_size, "with_indices": positions}
     settings["features"] = bucket_features(documents, columns, options)
     if hasattr(documents, "__len__"):
+        if not len(documents):  # map would give back a dataset without columns
+            return _no_rows(settings["features"])
         settings |= {"remove_columns": columns, "num_proc": num_proc, "desc": "Cutting documents"}
         return documents.with_format("arrow").map(function, **settings).with_format(None)
     if num_proc is not None:
@@ -117,6 +120,8 @@ def decompose(
 def decompose_table(table: Any, indices: Any = None, *, options: Decomposition) -> Any:
     """Decompose one `pyarrow.Table` of documents; ``indices`` ``[D]`` are their rows in the dataset."""
     ids, lengths = flat_column(table, "input_ids")
+    _check_fits("eos_token_id", options.eos_token_id, ids.dtype)
+    _check_fits("pad_token_id", options.pad_token_id if options.remainder == "pad" else None, ids.dtype)
     _refuse_padding(table)
     labels = _labels(table, ids, lengths)
     whole = options.whole_lengths(ids, lengths)
@@ -150,18 +155,43 @@ def _decompose_lists(batch: dict[str, Any], indices: Any = None, *, function: An
 
 
 def flat_column(table: Any, name: str) -> tuple[NDArray[Any], Integers]:
-    """The values of a list column end to end ``[T]`` and the length of every row ``[D]``; null rows are empty."""
+    """The values of a list column end to end ``[T]`` and the length of every row ``[D]``; null rows are empty.
+
+    Raises:
+        ValueError: the column is no list of integers or truth values for every row, or one of these is missing.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     column = table.column(name)
+    if not _is_list_of_integers(column.type):
+        raise ValueError(f"{name} must hold a list of integers for every document, got the type {column.type}.")
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     lengths = [np.asarray(pc.fill_null(pc.list_value_length(chunk), 0), dtype=np.int64) for chunk in chunks]
-    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
+    flat = [chunk.flatten() for chunk in chunks]
+    if missing := sum(chunk.null_count for chunk in flat if not pa.types.is_null(chunk.type)):
+        raise ValueError(f"{name} must have a value for every token, got {missing} without one.")
+    values = [chunk.to_numpy(zero_copy_only=False) for chunk in flat]
     if len(chunks) == 1:
         return values[0], lengths[0]
     empty = np.zeros(0, dtype=np.int64)
     return np.concatenate(values or [empty]), np.concatenate(lengths or [empty])
+
+
+def _is_list_of_integers(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if not (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
+        return False
+    return any(test(kind.value_type) for test in (types.is_integer, types.is_boolean, types.is_null))
+
+
+def _check_fits(name: str, token: int | None, dtype: Any) -> None:
+    if token is None or dtype.kind not in "iu":
+        return
+    limits = np.iinfo(dtype)
+    if not limits.min <= token <= limits.max:
+        raise ValueError(f"{name} must fit the type of input_ids, {dtype}, got {token}.")
 
 
 class _Gather:
@@ -199,12 +229,12 @@ def _labels(table: Any, ids: NDArray[Any], lengths: Integers) -> NDArray[Any] | 
                 f"{lengths[row]} in row {row} of a batch."
             )
         masked = _signed(ids) if labels is None else labels
-        labels = values if name == "labels" else np.where(values.astype(bool), masked, IGNORED)
+        labels = _signed(values) if name == "labels" else np.where(values.astype(bool), masked, IGNORED)
     return labels
 
 
-def _signed(ids: NDArray[Any]) -> Integers:
-    return ids.astype(np.int64, copy=False)  # -100 has no place among unsigned ids
+def _signed(ids: NDArray[Any]) -> NDArray[Any]:
+    return ids if ids.dtype.kind == "i" else ids.astype(np.int64)  # -100 has no place among unsigned ids
 
 
 def _has_target(labels: NDArray[Any], sizes: Integers) -> NDArray[np.bool_]:
@@ -246,17 +276,17 @@ def document_columns(documents: Any) -> list[str]:
 
 
 def bucket_features(documents: Any, columns: list[str], options: Decomposition) -> Any:
-    """The schema of the result; ids and labels keep the documents' integer type (int64 where a stream has none)."""
+    """The schema of the result; ids, and labels that can be negative, keep their type (int64 where there is none)."""
     import datasets
 
-    def integers(name: str) -> Any:
+    def integers(name: str, *kinds: str) -> Any:
         feature = (documents.features or {}).get(name)
         dtype = getattr(getattr(feature, "feature", None), "dtype", "int64")
-        return datasets.List(datasets.Value(dtype if str(dtype).startswith(("int", "uint")) else "int64"))
+        return datasets.List(datasets.Value(dtype if str(dtype).startswith(kinds) else "int64"))
 
-    features = {"input_ids": integers("input_ids")}
+    features = {"input_ids": integers("input_ids", "int", "uint")}
     if "labels" in columns:
-        features["labels"] = integers("labels")
+        features["labels"] = integers("labels", "int")
     elif options.remainder == "pad" or any(mask in columns for mask in MASKS):
         features["labels"] = datasets.List(datasets.Value("int64"))
     features["bucket"] = datasets.Value("int8")
@@ -265,9 +295,17 @@ def bucket_features(documents: Any, columns: list[str], options: Decomposition) 
     return datasets.Features(features)
 
 
+def _no_rows(features: Any) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+
+
 def _lists(values: NDArray[Any], sizes: Integers) -> Any:
     import pyarrow as pa
 
+    if len(values) > LIST_TOKENS:
+        raise ValueError(f"A batch of documents has {len(values):,} tokens, more than a list holds; lower batch_size.")
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 

@@ -54,6 +54,8 @@ def mixture_batches(mixture: Mixture, lengths: list[int], sequences: Integers, t
 
 def _weights(mixture: Mixture, lengths: list[int]) -> dict[int, float]:
     if isinstance(mixture, Mapping):
+        if not mixture:
+            raise ValueError("The mixture must name at least one length, got an empty mapping.")
         if absent := [int(length) for length in mixture if int(length) not in lengths]:
             raise ValueError(f"The mixture names the lengths {absent}, which no sequence has; there are {lengths}.")
         return {int(length): float(weight) for length, weight in mixture.items()}

@@ -5,6 +5,7 @@ of ``max_length`` as fit, then one for every set bit of what is left, down to ``
 of fewer than ``min_length`` tokens.
 """
 
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ def check_lengths(min_length: int, max_length: int) -> tuple[int, int]:
         ValueError: a length is no power of two, or the shortest is longer than the longest.
     """
     for name, length in (("min_length", min_length), ("max_length", max_length)):
-        if isinstance(length, bool) or length != int(length) or length < 1 or int(length) & (int(length) - 1):
+        if isinstance(length, bool) or not isinstance(length, Integral) or length < 1 or length & (length - 1):
             raise ValueError(f"{name} must be a power of two, got {length!r}.")
     if min_length > max_length:
         raise ValueError(f"min_length must not be above max_length, got {min_length} and {max_length}.")

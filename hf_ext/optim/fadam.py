@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -313,6 +313,8 @@ def _check(options: dict[str, Any]) -> None:
         raise ValueError(f"eps_mode must be one of {', '.join(EPS_MODES)}, got {options['eps_mode']!r}.")
     if options["optim_bits"] not in (8, 32):
         raise ValueError(f"optim_bits must be 8 or 32, got {options['optim_bits']!r}.")
+    if not isinstance(options["min_8bit_size"], Integral) or options["min_8bit_size"] < 0:
+        raise ValueError(f"min_8bit_size must be an integer of at least 0, got {options['min_8bit_size']!r}.")
     if options["optim_bits"] == 8:
         blockwise.bitsandbytes_functional()
     if options["foreach"] and options["fused"]:
@@ -329,7 +331,8 @@ def _check(options: dict[str, Any]) -> None:
 
 def _within(value: Any, low: float, high: float) -> bool:
     """Whether ``value`` is a number, or a tensor of one, in [low, high)."""
-    return isinstance(value, Real | Tensor) and low <= float(value) < high
+    is_number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+    return is_number and low <= float(value) < high
 
 
 def _check_state(key: Any, state: dict[str, Any] | None, param: Tensor) -> None:

@@ -172,6 +172,8 @@ def test_a_bucket_that_fills_no_batch_is_reported(caplog):
         ({"curriculum": {4: 1, 8: 1, 16: 1, 32: 1}}, "names the length 32, but there is no such bucket"),
         ({"curriculum": {4: 1, 8: 1, 16: 1}, "tokens_per_batch": 256}, "16, but that bucket has no full batch"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"seed": None}, "seed must be an integer of at least 0, got None"),
+        ({"mixture": {}}, "mixture must name at least one length"),
         ({"cycles": 0}, "cycles must be a positive integer, got 0"),
         ({"odds_mode": "x"}, "odds_mode must be one of token-weighted, paper, got 'x'"),
         ({"tokens_per_batch": 4096}, "No bucket fills one batch of 4096 tokens"),
@@ -180,6 +182,20 @@ def test_a_bucket_that_fills_no_batch_is_reported(caplog):
 def test_bad_input_in_words(options, message):
     with pytest.raises(ValueError, match=message):
         BucketBatchSampler(rows_of([100, 50, 9]), **{"tokens_per_batch": TOKENS, **options})
+
+
+@pytest.mark.parametrize("given", [[-1, 3], [3, 3.5], [63], [[3]]])
+def test_exponents_that_are_none(given):
+    with pytest.raises(ValueError, match="log2 of every row's length"):
+        BucketBatchSampler(given, TOKENS)
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_micro_batches_that_are_none(index):
+    sampler = BucketBatchSampler(rows_of([80]), TOKENS)
+    assert len(sampler) == 5
+    with pytest.raises(IndexError, match=f"index from 0 to 4, got {index}"):
+        sampler.batch(index)
 
 
 def test_empty_data_in_words():

@@ -82,10 +82,15 @@ def test_epochs_differ_and_repeat():
 
 
 def test_bad_input_in_words():
-    with pytest.raises(
-        ValueError, match=r"multiple of 1 micro-batches times the longest length \(64 tokens\), got 32"
-    ):
-        BucketStream([], TOKENS, lengths=[4, 64])
+    with pytest.raises(ValueError, match="times every length, got 32 for sequences of 64 tokens"):
+        BucketStream([], TOKENS, lengths=[64, 4])
+    with pytest.raises(ValueError, match="got 32 for sequences of 3 tokens"):
+        BucketStream([], TOKENS, lengths=[3, 4])
+    with pytest.raises(ValueError, match="lengths must name at least one length"):
+        BucketStream([], TOKENS, lengths=[])
+    for places in ({"process_index": 1}, {"micro_batches": 1, "num_processes": 2}, {"process_index": -1}):
+        with pytest.raises(ValueError, match="equally many of the 1 micro-batches, got process_index"):
+            stream([], **places)
     with pytest.raises(ValueError, match="window_steps must be a positive integer, got 0"):
         stream([], window_steps=0)
     with pytest.raises(ValueError, match=r"A row of 5 tokens fits none of the lengths \[4, 8, 16\]"):

@@ -84,6 +84,12 @@ def test_the_integer_type_of_the_ids_is_kept(dtype):
     assert rows["labels"][0] == rows["input_ids"][0]
 
 
+def test_unsigned_labels_can_be_padded():
+    features = datasets.Features({name: datasets.List(datasets.Value("uint8")) for name in ("input_ids", "labels")})
+    source = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]}, features=features)
+    assert decompose(source, min_length=4, max_length=4, remainder="pad")["labels"][:] == [[1, 2, 3, -100]]
+
+
 def test_processes_streams_and_shuffled_views_agree():
     source = documents([5, 0, 30, 1, 17, 64, 3, 8])
     expected = list(decompose(source, min_length=4, max_length=16, positions=True))
@@ -116,7 +122,9 @@ def test_only_short_documents_give_an_empty_dataset_with_its_columns():
     rows = decompose(documents([0, 1, 3]), min_length=4, max_length=8)
     assert len(rows) == 0 and rows.column_names == ["input_ids", "bucket"]
     assert bucket_statistics(rows).average_context_length == 0
-    assert len(decompose(documents([]), min_length=4, max_length=8)) == 0
+    for nothing in (documents([]), datasets.Dataset.from_dict({"input_ids": []})):
+        rows = decompose(nothing, min_length=4, max_length=8, remainder="pad")
+        assert len(rows) == 0 and rows.column_names == ["input_ids", "labels", "bucket"]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +149,13 @@ def test_averages_of_the_papers_mixtures(shares, sequence, context):
     json.dumps(statistics.to_dict())
 
 
+def test_more_tokens_than_a_list_counts_are_refused(monkeypatch):
+    monkeypatch.setattr("hf_ext.data.decompose.LIST_TOKENS", 15)
+    assert len(decompose(documents([8, 7]), min_length=4, max_length=4)) == 3
+    with pytest.raises(ValueError, match="A batch of documents has 16 tokens, more than a list holds"):
+        decompose(documents([8, 8]), min_length=4, max_length=4)
+
+
 def test_bad_input_in_words():
     source = documents([4])
     with pytest.raises(ValueError, match="a row of one token has no next token"):
@@ -159,6 +174,15 @@ def test_bad_input_in_words():
         decompose(documents([4], attention_mask=[[1, 1, 1, 0]]), min_length=2)
     with pytest.raises(ValueError, match=r"labels and input_ids must have one value for each token.*3 and 4 in row 0"):
         decompose(documents([4], labels=[[1, 2, 3]]), min_length=2)
+    for ids, kind in ((["ab"], "string"), ([7], "int32"), ([[1.5]], "double"), ([[[1]]], "list<item: list")):
+        with pytest.raises(ValueError, match=f"input_ids must hold a list of integers for every document, .*{kind}"):
+            decompose(datasets.Dataset.from_dict({"input_ids": ids}), min_length=2)
+    with pytest.raises(ValueError, match="input_ids must have a value for every token, got 1 without one"):
+        decompose(datasets.Dataset.from_dict({"input_ids": [[1, None]]}), min_length=2)
+    with pytest.raises(ValueError, match="eos_token_id must fit the type of input_ids, uint8, got 300"):
+        decompose(documents([4], "uint8"), min_length=2, eos_token_id=300)
+    with pytest.raises(ValueError, match="pad_token_id must fit the type of input_ids, uint8, got -1"):
+        decompose(documents([4], "uint8"), min_length=2, pad_token_id=-1, remainder="pad")
     with pytest.raises(ValueError, match="options they were cut with"):
         bucket_statistics(decompose(source, min_length=2), source)
     assert np.array_equal(bucket_statistics(decompose(source, min_length=2)).tokens[4], 4)

@@ -73,6 +73,8 @@ def test_round_up():
     [
         (3, 8, "min_length must be a power of two, got 3"),
         (0, 8, "got 0"),
+        (None, 8, "min_length must be a power of two, got None"),
+        (4.0, 8, "got 4.0"),
         (2, 12, "max_length must be"),
         (16, 8, "16 and 8"),
     ],

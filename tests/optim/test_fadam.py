@@ -374,6 +374,7 @@ def test_impossible_fused_step_changes_nothing():
         ({"lr": torch.ones(2)}, r"one element, got shape \[2\]"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"betas": (0.9,)}, "betas must be two"),
+        ({"betas": (0.9, torch.ones(2))}, "betas must be two"),
         ({"eps": -1e-8}, "eps must be"),
         ({"eps2": -0.1}, "eps2 must be"),
         ({"weight_decay": math.inf}, "weight_decay must be"),
@@ -386,6 +387,7 @@ def test_impossible_fused_step_changes_nothing():
         ({"p": 0}, "p must be above 0, got 0"),
         ({"eps_mode": "v2"}, "eps_mode must be one of fixed, min_eps2, rms_min, rms_max, got 'v2'"),
         ({"optim_bits": 4}, "optim_bits must be 8 or 32, got 4"),
+        ({"min_8bit_size": -1}, "min_8bit_size must be an integer of at least 0, got -1"),
         ({"foreach": True, "fused": True}, "cannot both be True"),
     ],
 )

@@ -97,7 +97,7 @@ def test_resumes_to_the_bit(tmp_path, accumulation, where):
     stopped.train()
     checkpoint = tmp_path / "b" / f"checkpoint-{save}"
     state = json.loads((checkpoint / "bucket_state.json").read_text())
-    assert (state["step"], state["micro_batch"]) == (save % steps, 0)
+    assert (state["epoch"], state["step"], state["micro_batch"]) == (save // steps, save % steps, 0)
     resumed = Recording(tiny_model(seed=1), arguments(tmp_path / "b", **options), train_dataset=data)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     left = straight.seen[save * accumulation :]
