@@ -255,7 +255,7 @@ class BucketedTrainerMixin:
             sampler.check(self._resume_state)
 
     def bucket_state(self) -> dict[str, Any] | None:
-        """Where the sampler stands after the steps (after an epoch: at the next one's start); None for a stream."""
+        """Where the sampler stands now (after an epoch: at the next one's beginning); None for a stream."""
         sampler = self.bucket_sampler
         if sampler is None:
             return None
