@@ -177,7 +177,7 @@ def _reallm(options: dict[str, Any], arguments: argparse.Namespace, folder: Path
 
 def _calibration(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> torch.Tensor:
     """Windows of the calibration text and of the model's own, in turn, so that a survey of the first few sees both."""
-    from hf_ext.quant.calibration import calibration_windows, sampled_windows
+    from hf_ext.quant.calibration import calibration_windows, in_turn, sampled_windows
 
     count, length = arguments.calibration_windows, arguments.calibration_length
     text = calibration_windows(arguments.calibration, tokenizer, count, length)
@@ -190,10 +190,7 @@ def _calibration(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> t
         unfinished = kept.with_suffix(f".{os.getpid()}")
         torch.save(sampled_windows(model, arguments.own_windows, length, start), unfinished)
         unfinished.replace(kept)
-    own = torch.load(kept)
-    both = min(count, len(own))
-    mixed = torch.stack([text[:both], own[:both]], 1).flatten(0, 1)
-    return torch.cat([mixed, text[both:], own[both:]])
+    return in_turn(text, torch.load(kept))
 
 
 def _layers(folder: Path) -> Path:

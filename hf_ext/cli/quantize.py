@@ -22,6 +22,8 @@ OPTIONS = (
     "calibration",
     "windows",
     "window_length",
+    "own_windows",
+    "own_start",
     "seed",
 )
 
@@ -47,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--windows", type=int, help="windows of it (default: the preset's)")
     parser.add_argument("--window-length", type=int, default=1024, help="tokens in each (default: %(default)s)")
+    parser.add_argument(
+        "--own-windows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="as many more that the model writes itself, beside --calibration or in place of it (default: none)",
+    )
+    parser.add_argument("--own-start", type=int, metavar="ID", help="token that each begins with (default: bos)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", metavar="FILE", help="measure perplexity on this text before and after")
     parser.add_argument(

@@ -83,6 +83,13 @@ def sampled_windows(model: Any, windows: int, length: int, start: int | None = N
         )
 
 
+def in_turn(first: Tensor, second: Tensor) -> Tensor:
+    """Windows of two kinds of text one by one, so that the first few hold both; what is left over comes last."""
+    both = min(len(first), len(second))
+    mixed = torch.stack([first[:both], second[:both]], 1).flatten(0, 1)
+    return torch.cat([mixed, first[both:], second[both:]])
+
+
 def _text(source: Any) -> str:
     if isinstance(source, str | PathLike):
         path = Path(source)

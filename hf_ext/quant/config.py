@@ -45,13 +45,16 @@ class ReALLMConfig(QuantizationConfigMixin):
         vector_size: weights per code; None takes the most that keeps a code within 8 bits, at most 4.
         budget: bits per weight that all parts of all quantised layers may take together. A plan then chooses bits and
             rank for each matrix by error per byte, and ``bits``, ``rank`` and ``vector_size`` are not used. Needs
-            ``calibration``.
+            ``calibration`` or ``own_windows``.
         preset: ``"fast"`` or ``"quality"``: how much calibration text and how many rounds.
         calibration: text to calibrate on: a file, a list of texts, a dataset with a ``text`` column, or token ids
             ``[windows, tokens]``. Not saved.
         tokenizer: for calibration texts; None takes the one saved beside the model. Not saved.
         windows: calibration windows; None takes the preset's.
         window_length: tokens in each.
+        own_windows: as many more that the model writes itself, beside ``calibration`` or in place of it.
+        own_start: the first token of each; None takes the model's ``bos_token_id``. Where a document of the model's
+            training began with another token, that one makes it write more kinds of text.
         codebook, group_size, affine, decoder_bits, low_rank_bits, scale_bits, permute: see `MatrixShape`.
         state_bits: see `MatrixShape`; None takes the preset's. Each bit more doubles the time of the search.
         decoder: see `MatrixShape`; None takes the trellis where one scale a row and no other codebook is asked for.
@@ -74,6 +77,8 @@ class ReALLMConfig(QuantizationConfigMixin):
         tokenizer: Any = None,
         windows: int | None = None,
         window_length: int = 1024,
+        own_windows: int = 0,
+        own_start: int | None = None,
         codebook: str = "kmeans",
         group_size: int = 0,
         affine: bool = False,
@@ -124,10 +129,14 @@ class ReALLMConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}.")
+        if not isinstance(self.own_windows, int) or self.own_windows < 0:
+            raise ValueError(f"own_windows must be a whole number, at least 0, got {self.own_windows!r}.")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be above 0 and at most 1, got {self.damping!r}.")
-        if self.budget is not None and self.calibration is None and self.plan is None:
-            raise ValueError("budget chooses shapes by error and needs calibration text, got calibration=None.")
+        if self.budget is not None and not self.calibrated and self.plan is None:
+            raise ValueError(
+                "budget chooses shapes by error and needs calibration text, got calibration=None and own_windows=0."
+            )
         self.shape_for(2**15, 2**15)  # says what is wrong with the shape
 
     def shape_for(self, out_features: int, in_features: int) -> MatrixShape:
@@ -165,6 +174,11 @@ class ReALLMConfig(QuantizationConfigMixin):
             damping=self.damping,
             seed=self.seed,
         )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is text to calibrate on."""
+        return self.calibration is not None or self.own_windows > 0
 
     @property
     def calibration_windows(self) -> int:

@@ -1,8 +1,9 @@
 """Quantising a whole model in place, layer by layer; never is there a second copy of it.
 
-With calibration text, blocks are treated in order. The inputs of a block are what the quantised blocks before it
-produce, so that each block also corrects for the errors of the earlier ones; then all matrices of the block are solved
-and its outputs computed anew. Only hidden states, one block's statistics and the model itself are held.
+With calibration text, which the model may write itself, blocks are treated in order. The inputs of a block are what
+the quantised blocks before it produce, so that each block also corrects for the errors of the earlier ones; then all
+matrices of the block are solved and its outputs computed anew. Only hidden states, one block's statistics and the
+model itself are held.
 """
 
 import json
@@ -22,7 +23,9 @@ from hf_ext.quant.calibration import (
     calibration_windows,
     capture_block_inputs,
     find_blocks,
+    in_turn,
     output_gradients,
+    sampled_windows,
 )
 from hf_ext.quant.config import ReALLMConfig
 from hf_ext.quant.feedback import curvature
@@ -32,6 +35,7 @@ from hf_ext.quant.shape import MatrixShape
 from hf_ext.quant.solve import Solution, solve
 
 SURVEY_WINDOWS = 4  # windows from which a plan and the row weights are made
+OWN_TEXT = "own_text.ids"  # beside the kept layers, under another suffix than theirs
 SURVEY_LENGTH = 512  # tokens of each: a backward pass through the whole model costs memory
 
 
@@ -76,7 +80,7 @@ def quantize_model(
     for name, layer in layers.items():
         if not torch.isfinite(layer.weight).all():
             raise ValueError(f"{name}.weight holds values that are not finite; there is nothing to quantise it to.")
-    if config.calibration is None:
+    if not config.calibrated:
         for name in tqdm(names, desc="Quantising", disable=not progress.show):
             _replace(model, name, config.shape_for(*layers[name].weight.shape), None, None, config, progress)
     else:
@@ -105,7 +109,7 @@ def linear_names(model: Any, config: ReALLMConfig) -> list[str]:
 def _quantize_calibrated(model: Any, layers: dict[str, Any], config: ReALLMConfig, progress: Progress) -> None:
     if model.device.type != "cpu":
         raise ValueError(f"Calibration runs on the CPU; this model is on {model.device}. Load it there, then move it.")
-    windows = _windows(model, config)
+    windows = _windows(model, config, progress)
     path, blocks = find_blocks(model)
     shapes = {name: config.shape_for(*layer.weight.shape) for name, layer in layers.items()}
     rows: Mapping[str, Tensor] = {}
@@ -135,13 +139,35 @@ def _quantize_calibrated(model: Any, layers: dict[str, Any], config: ReALLMConfi
                 stream.run(block, index, keep=True)
 
 
-def _windows(model: Any, config: ReALLMConfig) -> Tensor:
-    tokenizer = config.tokenizer
-    if tokenizer is None and not isinstance(config.calibration, Tensor):
-        from transformers import AutoTokenizer
+def _windows(model: Any, config: ReALLMConfig, progress: Progress) -> Tensor:
+    """What to calibrate on: text, text of the model's own, or both in turn."""
+    kinds = []
+    if config.calibration is not None:
+        tokenizer = config.tokenizer
+        if tokenizer is None and not isinstance(config.calibration, Tensor):
+            from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    return calibration_windows(config.calibration, tokenizer, config.calibration_windows, config.window_length)
+            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        kinds.append(
+            calibration_windows(config.calibration, tokenizer, config.calibration_windows, config.window_length)
+        )
+    if config.own_windows:
+        kinds.append(_own_windows(model, config, progress))
+    return in_turn(*kinds) if len(kinds) == 2 else kinds[0]
+
+
+def _own_windows(model: Any, config: ReALLMConfig, progress: Progress) -> Tensor:
+    """Text of the model's own, written once even if the run is interrupted later."""
+    kept = None if progress.folder is None else progress.folder / OWN_TEXT
+    if kept is not None and kept.exists():
+        return load_file(kept)["ids"]
+    ids = sampled_windows(model, config.own_windows, config.window_length, config.own_start, config.seed)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_suffix(".new")
+        save_file({"ids": ids}, unfinished)
+        unfinished.replace(kept)
+    return ids
 
 
 def _profiles(

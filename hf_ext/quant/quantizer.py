@@ -91,7 +91,7 @@ class ReALLMQuantizer(HfQuantizer):
 
     @property
     def _after_loading(self) -> bool:
-        return self.quantization_config.calibration is not None
+        return self.quantization_config.calibrated
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, layer in quantized_layers(model).items():

@@ -65,6 +65,41 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, text, monkeypatch):
     )
 
 
+def test_the_model_can_write_its_calibration_text_itself_and_does_so_once(folder, tmp_path, monkeypatch):
+    own = ["--own-windows", "3", "--own-start", "7", "--window-length", "24", "--budget", "6.5"]
+    command = ["quantize", str(folder), "--out", str(tmp_path / "out"), *own]
+    seen, capture = [], module.capture_block_inputs
+
+    def interrupted(model, blocks, windows):
+        seen.append(windows)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "capture_block_inputs", interrupted)
+        assert main(command) == 130
+    monkeypatch.setattr(module, "sampled_windows", None)  # the text is kept
+    watched = lambda model, blocks, windows: (seen.append(windows), capture(model, blocks, windows))[1]  # noqa: E731
+    monkeypatch.setattr(module, "capture_block_inputs", watched)
+    assert main(command) == 0
+    assert seen[0].shape == (3, 24) and (seen[0][:, 0] == 7).all()
+    assert all(torch.equal(windows, seen[0]) for windows in seen[1:])
+    assert "interrupted" not in (tmp_path / "out" / "report.md").read_text()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_text_and_the_models_own_take_turns(folder, tmp_path, text, monkeypatch):
+    seen = []
+
+    def stop(model, blocks, windows):
+        seen.append(windows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "capture_block_inputs", stop)
+    main(arguments(folder, tmp_path, text, "--own-windows", "2", "--own-start", "9"))
+    assert seen[0].shape == (6, 64)
+    assert (seen[0][:, 0] == 9).tolist() == [False, True, False, True, False, False]
+
+
 def test_mistakes_end_in_a_sentence(folder, tmp_path, text, capsys):
     (tmp_path / "out").mkdir()
     assert main(arguments(folder, tmp_path, text)) == 1
