@@ -1,14 +1,15 @@
-"""Healing a quantised model: its low-rank terms are trained against the full-precision model, everything else frozen.
+"""Healing a quantised model: what its bits leave free is trained against the full-precision model, codes frozen.
 
-First block by block, on the mean squared error to the teacher's hidden states, then the whole model on the
-Kullback-Leibler divergence to the teacher's next-token distribution. The authors of ReALLM (arXiv 2405.13155) compare
-with the teacher's block fed by the student's inputs and then train on the language-modelling loss; the teacher's own
-states also undo the errors of earlier blocks, and its distribution says more than the text alone (RILQ,
+Low-rank terms, scales of the rows and norms learn to make up for the codes (`hf_ext.quant.trainable`): first block by
+block, on the mean squared error to the teacher's hidden states, then the whole model on the Kullback-Leibler
+divergence to the teacher's next-token distribution. The authors of ReALLM (arXiv 2405.13155) train the low-rank terms
+alone, compare with the teacher's block fed by the student's inputs and then train on the language-modelling loss; the
+teacher's own states also undo the errors of earlier blocks, and its distribution says more than the text alone (RILQ,
 arXiv 2412.01129, finds a model-level loss to matter most at 2 bits).
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_ext.kernels.decoded_linear import low_rank_product
 from hf_ext.options import Options
 from hf_ext.quant.calibration import calibration_windows, capture_block_inputs, find_blocks
-from hf_ext.quant.linear import ReALLMLinear, quantized_layers
+from hf_ext.quant.linear import quantized_layers
+from hf_ext.quant.trainable import KINDS, Trainable, trainable_parts
 
 STATE = "distill.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+TOKENS = 8  # whose logits the loss works on at once: what stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -32,27 +34,34 @@ class DistillOptions(Options):
     """How `distill` trains.
 
     Attributes:
+        train: any of ``"low_rank"``, ``"scales"`` (of the rows) and ``"norms"``.
         block_epochs: passes over the windows for each block; 0 skips the block-wise stage.
         block_lr: learning rate of Adam there.
         steps: steps of the model-level stage, one window each; 0 skips it.
-        lr: its peak learning rate, falling to zero along a half cosine.
+        lr: its peak learning rate for low-rank factors, falling to zero along a half cosine.
+        relative_lr: the same for scales and norms in both stages, in parts of their size.
         windows: windows of text.
         window_length: tokens in each.
         save_every: model-level steps between two saved states.
-        precision: ``"bfloat16"`` multiplies in it (autocast; factors and their gradients stay in float32), about twice
-            as fast on processors that have it; ``"float32"`` does not.
+        precision: ``"bfloat16"`` multiplies in it (autocast; what trains and its gradients stay in float32), about
+            twice as fast on processors that have it; ``"float32"`` does not.
     """
 
+    train: tuple[str, ...] = KINDS
     block_epochs: int = 1
     block_lr: float = 1e-3
     steps: int = 100
     lr: float = 5e-4
+    relative_lr: float = 1e-3
     windows: int = 32
     window_length: int = 512
     save_every: int = 20
     precision: str = "float32"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "train", tuple(self.train))  # JSON has lists
+        if not self.train or not set(self.train) <= set(KINDS):
+            raise ValueError(f"train must name some of {', '.join(KINDS)}, got {list(self.train)}.")
         for name, least in (
             ("block_epochs", 0),
             ("steps", 0),
@@ -65,7 +74,7 @@ class DistillOptions(Options):
                 raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}.")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}.")
-        for name in ("block_lr", "lr"):
+        for name in ("block_lr", "lr", "relative_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}.")
 
@@ -79,10 +88,13 @@ def distill(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> list[float]:
-    """Train the low-rank terms of ``model`` towards ``teacher``, in place.
+    """Train ``options.train`` of ``model`` towards ``teacher``, in place.
+
+    What is trained stays part of the model: ``model.save_pretrained`` keeps it, at not a bit more than before. Train
+    low-rank terms alone where other adapters or models share the base.
 
     Args:
-        model: a quantised model whose layers have low-rank terms.
+        model: a quantised model.
         teacher: the full-precision model it was made from; not changed.
         texts: what `hf_ext.quant.calibration.calibration_windows` takes.
         tokenizer: for texts that are no token ids.
@@ -95,55 +107,39 @@ def distill(
         The model-level loss of every step, in nats per token.
 
     Raises:
-        ValueError: no layer has a low-rank term, the text is too short, or the state belongs to other options.
+        ValueError: there is nothing to train, the text is too short, or the state belongs to other options.
     """
     options = options or DistillOptions()
-    layers = {name: layer for name, layer in quantized_layers(model).items() if layer.shape.rank}
-    if not layers:
+    layers = quantized_layers(model)
+    if not layers or (options.train == ("low_rank",) and not any(layer.shape.rank for layer in layers.values())):
         raise ValueError(f"{type(model).__name__} has no low-rank term to train; quantise it with rank of at least 1.")
     windows = calibration_windows(texts, tokenizer, options.windows, options.window_length)
-    run = _Run(model, teacher, layers, windows, options, None if folder is None else Path(folder), progress)
     low = torch.autocast(model.device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
-    with trainable_low_rank(layers) as factors, low:
-        run.factors = factors
+    with trainable_parts(model, layers, options.train) as trained, low:
+        run = _Run(model, teacher, trained, windows, options, None if folder is None else Path(folder), progress)
         run.resume()
         run.train_blocks()
         run.train_model()
     return run.losses
 
 
-@contextmanager
-def trainable_low_rank(layers: dict[str, ReALLMLinear]) -> Iterator[dict[str, Tensor]]:
-    """The low-rank factors as float32 parameters, in force within the block, and stored back as before at its end.
+def pull_towards(logits: Tensor, wanted: Tensor) -> float:
+    """Send the gradient of ``KL(wanted || logits)``, the mean over tokens, back through ``logits`` ``[T, V]``.
 
-    The rest of the weight is decoded once meanwhile. Yields ``name.lr_a`` and ``name.lr_b`` of every layer.
+    By a token's logits it is ``q - p`` with the softmax q of ``logits`` and p of ``wanted``.
+
+    Returns:
+        The divergence in nats.
     """
-    factors: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            low_rank = layer.low_rank()
-            assert low_rank is not None
-            lr_a, lr_b = (nn.Parameter(factor.clone()) for factor in low_rank)
-            factors |= {f"{name}.lr_a": lr_a, f"{name}.lr_b": lr_b}
-            stack.callback(_put_back, layer, lr_a, lr_b, layer.shape.low_rank_bits, layer.decode_mode)
-            layer.set_low_rank(None, None)
-            layer.decode_mode = "once"
-            stack.enter_context(_adding(layer, lr_a, lr_b))
-        yield factors
-
-
-def _put_back(layer: ReALLMLinear, lr_a: Tensor, lr_b: Tensor, bits: int, mode: str) -> None:
-    layer.decode_mode = mode
-    layer.set_low_rank(lr_a, lr_b, bits)
-
-
-@contextmanager
-def _adding(layer: ReALLMLinear, lr_a: Tensor, lr_b: Tensor) -> Iterator[None]:
-    hook = layer.register_forward_hook(lambda module, inputs, output: output + low_rank_product(inputs[0], lr_a, lr_b))
-    try:
-        yield
-    finally:
-        hook.remove()
+    gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+    for at in range(0, len(logits), TOKENS):
+        log_q = logits[at : at + TOKENS].detach().float().log_softmax(-1)
+        log_p = wanted[at : at + TOKENS].detach().float().log_softmax(-1)
+        p = log_p.exp()
+        total += (p * (log_p - log_q)).sum()
+        gradient[at : at + TOKENS] = log_q.exp_().sub_(p) / len(logits)
+    logits.backward(gradient)
+    return total.item() / len(logits)
 
 
 @dataclass
@@ -152,14 +148,13 @@ class _Run:
 
     model: Any
     teacher: Any
-    layers: dict[str, ReALLMLinear]
+    trained: dict[str, Trainable]
     windows: Tensor
     options: DistillOptions
     folder: Path | None
     progress: bool
 
     def __post_init__(self) -> None:
-        self.factors: dict[str, Tensor] = {}
         self.losses: list[float] = []
         self.blocks_done = 0
         self.optimizer: torch.optim.Adam | None = None
@@ -176,7 +171,7 @@ class _Run:
         for index in tqdm(range(len(blocks)), desc="Healing blocks", disable=not self.progress):
             with torch.no_grad():
                 guide.run(originals[index], index, keep=True)
-            mine = [factor for name, factor in self.factors.items() if name.startswith(f"{path}.{index}.")]
+            mine = [part for name, part in self.trained.items() if name.startswith(f"{path}.{index}.")]
             if mine and index >= self.blocks_done:
                 self._train_block(blocks[index], index, mine, student, guide.hidden)
                 self.blocks_done = index + 1
@@ -186,9 +181,9 @@ class _Run:
         self.blocks_done = len(blocks)
 
     def _train_block(
-        self, block: nn.Module, index: int, mine: list[Tensor], student: Any, wanted: list[Tensor]
+        self, block: nn.Module, index: int, mine: list[Trainable], student: Any, wanted: list[Tensor]
     ) -> None:
-        optimizer = torch.optim.Adam(mine, lr=self.options.block_lr, betas=(0.9, 0.95))
+        optimizer = self._adam(mine, self.options.block_lr)
         for _ in range(self.options.block_epochs):
             for hidden, target in zip(student.hidden, wanted, strict=True):
                 with torch.enable_grad():
@@ -202,32 +197,42 @@ class _Run:
     def train_model(self) -> None:
         """The model-level stage, one window a step in a fixed order."""
         total = self.options.steps
-        optimizer = self.optimizer = torch.optim.Adam(self.factors.values(), lr=self.options.lr, betas=(0.9, 0.95))
+        optimizer = self.optimizer = self._adam(self.trained.values(), self.options.lr)
         self._restore_moments(optimizer)
+        peaks = [group["lr"] for group in optimizer.param_groups]
         for step in tqdm(range(len(self.losses), total), desc="Healing the model", disable=not self.progress):
             window = self.windows[step % len(self.windows)][None]
-            for group in optimizer.param_groups:
-                group["lr"] = self.options.lr * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / total)).item())
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / total))
             with torch.no_grad():
-                target = self.teacher(input_ids=window, use_cache=False).logits[0].float().log_softmax(-1)
+                wanted = self.teacher(input_ids=window, use_cache=False).logits[0]
             with torch.enable_grad():
-                found = self.model(input_ids=window, use_cache=False).logits[0].float().log_softmax(-1)
-                loss = nn.functional.kl_div(found, target, reduction="sum", log_target=True) / len(found)
-                loss.backward()
+                self.losses.append(pull_towards(self.model(input_ids=window, use_cache=False).logits[0], wanted))
             optimizer.step()
             optimizer.zero_grad()
-            self.losses.append(loss.item())
             if len(self.losses) % self.options.save_every == 0:
                 self.save()
         self.save()
 
+    def _adam(self, parts: Iterable[Trainable], lr: float) -> torch.optim.Adam:
+        """Parts of the same size share a group and its learning rate."""
+        groups: dict[float | None, list[Tensor]] = {}
+        for part in parts:
+            groups.setdefault(part.size, []).append(part.parameter)
+        relative = self.options.relative_lr
+        return torch.optim.Adam(
+            [{"params": mine, "lr": lr if size is None else relative * size} for size, mine in groups.items()],
+            betas=(0.9, 0.95),
+        )
+
     def save(self) -> None:
-        """Keep factors, optimiser and position; the old state stays until the new one is whole."""
+        """Keep what is trained, optimiser and position; the old state stays until the new one is whole."""
         if self.folder is None:
             return
-        tensors = {f"factor.{name}": factor.detach().contiguous() for name, factor in self.factors.items()}
-        for name, factor in self.factors.items() if self.optimizer is not None else ():
-            state = self.optimizer.state[factor] if self.optimizer is not None else {}
+        tensors = {}
+        for name, part in self.trained.items():
+            tensors[f"trained.{name}"] = part.parameter.detach().contiguous()
+            state = {} if self.optimizer is None else self.optimizer.state[part.parameter]
             tensors |= {f"{key}.{name}": torch.as_tensor(state[key]).contiguous() for key in MOMENTS if key in state}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["blocks_done"] = torch.tensor(self.blocks_done)
@@ -248,16 +253,16 @@ class _Run:
         if options != repr(self.options):
             raise ValueError(f"{path} was made with {options}, not with {self.options!r}; use another folder.")
         self.kept = load_file(path)
-        if any(f"factor.{name}" not in self.kept for name in self.factors):
+        if any(f"trained.{name}" not in self.kept for name in self.trained):
             raise ValueError(f"{path} belongs to another model; use another folder.")
         with torch.no_grad():
-            for name, factor in self.factors.items():
-                factor.copy_(self.kept[f"factor.{name}"])
+            for name, part in self.trained.items():
+                part.parameter.copy_(self.kept[f"trained.{name}"])
         self.losses = self.kept["losses"].tolist()
         self.blocks_done = int(self.kept["blocks_done"])
 
     def _restore_moments(self, optimizer: torch.optim.Adam) -> None:
-        for name, factor in self.factors.items():
+        for name, part in self.trained.items():
             found = {key: self.kept[f"{key}.{name}"].clone() for key in MOMENTS if f"{key}.{name}" in self.kept}
             if found:
-                optimizer.state[factor] = found
+                optimizer.state[part.parameter] = found

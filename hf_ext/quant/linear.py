@@ -111,6 +111,17 @@ class ReALLMLinear(nn.Linear):
                 self._kernel = codebook_weight(self.parts, self.shape, self.in_features)
         return self._kernel
 
+    def scale_rows(self, gain: Tensor) -> None:
+        """Multiply every row of the weight, low-rank term aside, by its entry of ``gain`` ``[out]``.
+
+        Scales are rounded to their stored type.
+        """
+        for name in ("scales", "zeros"):
+            if name in self.parts:
+                part = self.get_buffer(name)
+                self._buffers[name] = (part.float() * gain.float()[:, None]).to(part.dtype)
+        self._forget()
+
     def set_low_rank(self, lr_a: Tensor | None, lr_b: Tensor | None, bits: int = 32) -> None:
         """Replace the low-rank term by ``lr_b @ lr_a``, stored on ``bits`` bits an element; None drops it."""
         stored: Parts = {}

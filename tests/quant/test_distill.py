@@ -3,7 +3,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_ext import ReALLMConfig
-from hf_ext.quant.distill import DistillOptions, distill
+from hf_ext.quant.distill import DistillOptions, distill, pull_towards
+from hf_ext.quant.integrity import bits_on_disk
 from hf_ext.quant.linear import quantized_layers
 from hf_ext.testing import tiny_model
 
@@ -30,20 +31,53 @@ def gap(model, teacher):
     return float((b.exp() * (b - a)).sum(-1).mean())
 
 
+STORED = {"low_rank": ("lr_a", "lr_b", "lr_scale"), "scales": ("proj.scales",), "norms": ("norm.weight",)}
+
+
+@pytest.mark.parametrize("train", [("low_rank",), ("scales",), ("norms",), ("low_rank", "scales", "norms")])
 @pytest.mark.parametrize("stages", [{"block_epochs": 4, "steps": 0}, {"block_epochs": 0, "steps": 30}])
-def test_each_stage_brings_the_student_nearer_and_trains_the_low_rank_terms_alone(folder, stages):
+def test_each_stage_brings_the_student_nearer_and_changes_what_it_was_told_to(folder, stages, train):
     model, teacher = student(folder), tiny_model()
     before = gap(model, teacher)
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    distill(model, teacher, IDS, options=DistillOptions(**stages, **SHORT, lr=5e-3, block_lr=5e-3), progress=False)
-    assert gap(model, teacher) < 0.8 * before
-    for name, tensor in model.state_dict().items():
+    needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    options = DistillOptions(train, **stages, **SHORT, lr=5e-3, block_lr=5e-3, relative_lr=1e-2)
+    distill(model, teacher, IDS, options=options, progress=False)
+    assert gap(model, teacher) < (0.8 if "low_rank" in train else 0.97) * before
+    after = model.state_dict()
+    assert sorted(after) == sorted(kept)
+    trained = tuple(name for kind in train for name in STORED[kind])
+    outside = ("model.norm.weight",) if stages["steps"] == 0 else ()  # the norm after the last block
+    for name, tensor in after.items():
         assert tensor.dtype == kept[name].dtype
-        assert torch.equal(tensor, kept[name]) != name.endswith(("lr_a", "lr_b", "lr_scale")), name
+        assert torch.equal(tensor, kept[name]) != (name.endswith(trained) and name not in outside), name
+    assert needed == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert all(
         layer.decode_mode == "on_the_fly" and not layer._forward_hooks for layer in quantized_layers(model).values()
     )
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), tiny_model().parameters(), strict=True))
+
+
+def test_a_healed_model_is_saved_at_not_a_bit_more(folder, tmp_path):
+    model = student(folder)
+    distill(model, tiny_model(), IDS, options=DistillOptions(block_epochs=0, steps=6, **SHORT), progress=False)
+    model.save_pretrained(tmp_path / "healed")
+    assert bits_on_disk(tmp_path / "healed")["linear"] == bits_on_disk(folder / "base")["linear"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_the_gradient_is_that_of_the_divergence():
+    generator = torch.Generator().manual_seed(0)
+    logits, wanted = (3 * torch.randn(19, 50, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    expected = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    (gradient,) = torch.autograd.grad(expected, logits)
+    assert pull_towards(logits, wanted) == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(logits.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_bfloat16_trains_too_and_keeps_the_stored_types(folder):
@@ -61,7 +95,11 @@ def test_the_loss_is_the_divergence(folder):
     model, teacher = student(folder), tiny_model()
     expected = gap(model, teacher)
     losses = distill(
-        model, teacher, IDS, options=DistillOptions(block_epochs=0, steps=6, lr=1e-12, **SHORT), progress=False
+        model,
+        teacher,
+        IDS,
+        options=DistillOptions(block_epochs=0, steps=6, lr=1e-12, relative_lr=1e-12, **SHORT),
+        progress=False,
     )
     assert sum(losses) / 6 == pytest.approx(expected, rel=1e-3)
 
@@ -102,5 +140,7 @@ def test_what_cannot_be_trained_is_refused(folder):
         distill(student(folder), tiny_model(), IDS)
     with pytest.raises(ValueError, match="lr must be above 0, got 0"):
         DistillOptions(lr=0)
+    with pytest.raises(ValueError, match="train must name some of low_rank, scales, norms, got \\['codes'\\]"):
+        DistillOptions(train=("codes",))
     with pytest.raises(ValueError, match="steps must be a whole number, at least 0, got -1"):
         DistillOptions(steps=-1)
