@@ -3,6 +3,7 @@
     python benchmarks/fadam.py step [--peer DIR]     # DIR: a folder with pytorch_optimizer 4.1.0, to time it too
     python benchmarks/fadam.py parity --peer DIR     # seconds
     python benchmarks/fadam.py convergence           # about ten minutes on one core; goes on where it stopped
+    python benchmarks/fadam.py updates               # FAdam's steps beside AdamW's on the same gradients
     python benchmarks/fadam.py spike
 
 Times are process CPU time on one thread, the optimizers taking turns at every repeat. The text is that of
@@ -13,17 +14,17 @@ import argparse
 import itertools
 import json
 import math
-import pydoc_data.topics
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
+from _fadam_task import Task, train
 from _run import RESULTS, Report
 from torch import Tensor, nn
 
@@ -47,6 +48,8 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
     {"optim_bits": 8},
     *({"eps_mode": mode} for mode in ("fixed", "rms_min", "rms_max")),
     {"clip": None, "decay_cap": 10.0},
+    {"clip": 0.5},
+    {"weight_decay": 0.01},
     {"max_norm": math.inf},
 )
 
@@ -136,113 +139,18 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
     return sum(value.nbytes for value in states if value.dim()) / sum(param.numel() for param in params)
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float, beta2: float, **options: Any) -> torch.optim.Optimizer:
-    """AdamW with its customary decay of 0.1, or FAdam with its own of 0.001; vectors are not decayed."""
-    decay = 0.1 if name == "AdamW" else 1e-3
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": decay},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return (torch.optim.AdamW if name == "AdamW" else FAdam)(groups, lr=lr, betas=(0.9, beta2), **options)
-
-
-@dataclass(frozen=True)
-class Task:
-    """The language model over bytes, and its training: ``batch`` windows of ``length`` bytes a step."""
-
-    hidden: int
-    layers: int
-    length: int
-    batch: int
-    steps: int
-
-
-def train(
-    task: Task,
-    name: str,
-    lr: float,
-    beta2: float,
-    seed: int,
-    max_norm: float = 1.0,
-    spike: int | None = None,
-    **options: Any,
-) -> tuple[list[float], float, float]:
-    """Train the small model; training losses by step, held-out loss (both nats per byte) and RMS of its matrices.
-
-    ``spike`` is the step at which all gradients are replaced by normal noise of standard deviation 100.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=task.hidden,
-        intermediate_size=8 * task.hidden // 3,
-        num_hidden_layers=task.layers,
-        num_attention_heads=4,
-    )
-    model = LlamaForCausalLM(config)
-    train_bytes, held_out = _text()
-    optimizer = make_optimizer(name, model, lr, beta2, **options)
-    cosine = partial(_cosine, warmup=task.steps // 10, steps=task.steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
-    losses = []
-    for step, batch in enumerate(_batches(train_bytes, seed, task)):
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        if step == spike:
-            noise = torch.Generator().manual_seed(0)
-            for param in model.parameters():
-                param.grad = torch.randn(param.shape, generator=noise) * 100
-        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    matrices = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
-    return losses, _held_out_loss(model, held_out, task.length), matrices.square().mean().sqrt().item()
-
-
-def _cosine(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
-
-
-def _text() -> tuple[Tensor, Tensor]:
-    data = torch.tensor(list("\n".join(pydoc_data.topics.topics.values()).encode()))
-    split = len(data) * 9 // 10
-    return data[:split], data[split:]
-
-
-def _batches(data: Tensor, seed: int, task: Task) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(task.steps):
-        starts = torch.randint(len(data) - task.length, (task.batch, 1), generator=generator)
-        yield data[starts + torch.arange(task.length)]
-
-
-@torch.no_grad()
-def _held_out_loss(model: nn.Module, data: Tensor, length: int) -> float:
-    windows = len(data) // length
-    batches = data[: windows * length].view(windows, length).split(256)
-    return sum(len(rows) * model(input_ids=rows, labels=rows).loss.item() for rows in batches) / windows
-
-
-def convergence(
-    report: Report, task: Task, seeds: int, finalists: int, learning_rates: list[float], beta2s: list[float]
-) -> None:
-    """Both optimizers on one grid and seed 0, the best settings of each on other seeds, then FAdam's options."""
+def convergence(report: Report, task: Task, options: argparse.Namespace) -> None:
+    """Both optimizers on one grid and seed 0, the best settings of each on other seeds, then FAdam's options there."""
     finished = _finished(report)
+    seeds = range(1, options.seeds + 1)
 
-    def run(part: str, name: str, lr: float, beta2: float, seed: int, max_norm: float = 1.0, **options: Any) -> float:
-        varied = {**({} if max_norm == 1 else {"max_grad_norm": max_norm}), **options}
+    def run(part: str, name: str, lr: float, beta2: float, seed: int, max_norm: float = 1.0, **varied: Any) -> float:
         label = " ".join([name, *(f"{key}={value}" for key, value in varied.items())])
+        label += "" if max_norm == 1 else f" max_grad_norm={max_norm}"
         row: dict[str, Any] = {"part": part, "optimizer": label, "lr": lr, "beta2": beta2, "seed": seed}
         done = finished.pop(tuple(row.values()), None)
         if done is None:
-            _, loss, rms = train(task, name, lr, beta2, seed, max_norm, **options)
+            _, loss, rms = train(task, name, lr, beta2, seed, max_norm, **varied)
             done = {**row, "held_out_nats": loss, "weight_rms": rms}
         report.row(**done)
         _save(report, list(finished.values()))
@@ -250,20 +158,81 @@ def convergence(
 
     best = {}
     for name in OPTIMIZERS:
-        grid = itertools.product(learning_rates, beta2s)
+        grid = itertools.product(options.learning_rates, options.beta2s)
         tuned = sorted((run("grid", name, lr, beta2, 0), lr, beta2) for lr, beta2 in grid)
-        means = []
-        for _, lr, beta2 in tuned[:finalists]:
-            losses = [run("compare", name, lr, beta2, seed) for seed in range(1, seeds + 1)]
-            means.append((statistics.mean(losses), lr, beta2))
-        best[name] = min(means)
-    for name, (mean, lr, beta2) in best.items():
-        gap = mean - best["AdamW"][0]
-        report.row(part="best", optimizer=name, lr=lr, beta2=beta2, seed="mean", held_out_nats=mean, minus_adamw=gap)
+        compared = []
+        for _, lr, beta2 in tuned[: options.finalists]:
+            losses = [run("compare", name, lr, beta2, seed) for seed in seeds]
+            compared.append((statistics.mean(losses), lr, beta2, losses))
+        best[name] = min(compared)
+    _, lr, beta2, base = best["AdamW"]
+    for name, (_, rate, decay_rate, losses) in best.items():
+        report.row(part="best", optimizer=name, lr=rate, beta2=decay_rate, **_paired(losses, base))
     report.save()
-    _, lr, beta2 = best["FAdam"]
-    for options in VARIATIONS:
-        run("vary", "FAdam", lr, beta2, 1, **options)
+    if options.vary:
+        _, lr, beta2, _ = best["FAdam"]
+        for varied in VARIATIONS:
+            losses = [run("vary", "FAdam", lr, beta2, seed, **varied) for seed in seeds]
+            report.row(part="vary", optimizer=f"FAdam {varied}", lr=lr, beta2=beta2, **_paired(losses, base))
+
+
+def _paired(losses: list[float], base: list[float]) -> dict[str, Any]:
+    """Mean loss over the seeds, and its difference from ``base`` on the same seeds with its standard error."""
+    differences = [loss - other for loss, other in zip(losses, base, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    mean = statistics.mean(differences)
+    return {"seed": "mean", "held_out_nats": statistics.mean(losses), "minus_adamw": mean, "standard_error": error}
+
+
+def updates(report: Report, task: Task, lr: float, beta2: float) -> None:
+    """Along a training with AdamW, the steps that FAdam would take on the same gradients: their size and direction.
+
+    Steps are without weight decay and divided by the learning rate. Means over the steps after the warm-up, a row
+    for each tensor.
+    """
+    shadows = {"FAdam": {}, "FAdam without clip": {"clip": None}}
+    found: dict[str, dict[str, list[float]]] = {}
+
+    def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        names, params = zip(*model.named_parameters(), strict=True)
+        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        copies = {label: [nn.Parameter(p.detach().clone()) for p in params] for label in shadows}
+        others = {
+            label: FAdam(copies[label], lr=1.0, betas=(0.9, beta2), weight_decay=0, **varied)
+            for label, varied in shadows.items()
+        }
+        before: list[Tensor] = []
+
+        def shadow(*_: Any) -> None:
+            before[:] = [p.detach().clone() for p in params]
+            for label, other in others.items():
+                for copy, p in zip(copies[label], params, strict=True):
+                    copy.grad = p.grad
+                other.step()
+
+        def measure(*_: Any) -> None:
+            rate = optimizer.param_groups[0]["lr"]
+            for index, (name, p, old) in enumerate(zip(names, params, before, strict=True)):
+                step = (old - p.detach()) / rate - decays[id(p)] * old
+                row = found.setdefault(name, {})
+                row.setdefault("AdamW_rms", []).append(_rms(step))
+                for label, other in others.items():
+                    momentum = other.state[copies[label][index]]["momentum"]  # the step at learning rate 1
+                    row.setdefault(f"{label}_rms", []).append(_rms(momentum))
+                    cosine = torch.cosine_similarity(step.flatten(), momentum.flatten(), dim=0).item()
+                    row.setdefault(f"{label}_cosine", []).append(cosine)
+
+        optimizer.register_step_pre_hook(shadow)
+        optimizer.register_step_post_hook(measure)
+
+    train(task, "AdamW", lr, beta2, 1, watch=watch)
+    for name, columns in found.items():
+        means = {column: statistics.mean(values[task.steps // 10 :]) for column, values in columns.items()}
+        report.row(lr=lr, beta2=beta2, tensor=name, **means)
+
+
+def _rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
 
 
 def _finished(report: Report) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -274,7 +243,7 @@ def _finished(report: Report) -> dict[tuple[Any, ...], dict[str, Any]]:
     if any(record.get("settings", {}).get(name) != report.settings[name] for name in task):
         return {}
     names = ("part", "optimizer", "lr", "beta2", "seed")
-    return {tuple(row.get(name) for name in names): row for row in record["rows"] if row["part"] != "best"}
+    return {tuple(row.get(name) for name in names): row for row in record["rows"] if row["seed"] != "mean"}
 
 
 def _save(report: Report, waiting: list[dict[str, Any]]) -> None:
@@ -321,13 +290,14 @@ def _plot(curves: dict[str, list[float]], at: int) -> None:
 def main() -> None:
     """Run one part and save its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("parity", "step", "convergence", "spike"))
+    parser.add_argument("part", choices=("parity", "step", "convergence", "updates", "spike"))
     parser.add_argument("--peer", help="a folder with pytorch_optimizer 4.1.0")
     parser.add_argument("--suffix", default="", help="of the names of the results")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--finalists", type=int, default=3, help="settings of each optimizer that the seeds compare")
+    parser.add_argument("--vary", action="store_true", help="then FAdam's best setting with other options")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3, 1.2e-2])
     parser.add_argument("--beta2s", type=float, nargs="+", default=[0.95, 0.99, 0.999])
     parser.add_argument("--hidden", type=int, default=64)
@@ -346,7 +316,10 @@ def main() -> None:
     elif options.part == "step":
         step_costs(report, options.peer, options.repeats)
     elif options.part == "convergence":
-        convergence(report, task, options.seeds, options.finalists, options.learning_rates, options.beta2s)
+        convergence(report, task, options)
+    elif options.part == "updates":
+        for lr, beta2 in itertools.product(options.learning_rates, options.beta2s):
+            updates(report, task, lr, beta2)
     else:
         spikes(report, task)
     report.save()
