@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # Operations by the beginning of their names; all others (norms, rotary, activations, the loss, copies) are "rest".
 KINDS = {"attention": ("aten::_scaled_dot_product",), "matrix": ("aten::mm", "aten::addmm", "aten::bmm")}
+KEY_BLOCK = 512  # PyTorch's CPU kernel of causal attention computes whole blocks of so many keys
 
 
 def shares_by_kind(step: Callable[[], Any]) -> dict[str, float]:
@@ -24,6 +25,13 @@ def shares_by_kind(step: Callable[[], Any]) -> dict[str, float]:
 def foretold_seconds(seconds: Mapping[str, float], at: int, length: int) -> float:
     """Seconds of a step at ``length`` from those by kind of as many tokens at length ``at``.
 
-    Attention grows with the length, as in the FLOP formula; the rest, which the formula leaves out, does not.
+    Beside the FLOP formula: the rest counts, at the same cost at every length; each kind at its own speed; and
+    attention to the keys that the kernel computes, masked ones in a block among them.
     """
-    return sum(spent * (length / at if kind == "attention" else 1) for kind, spent in seconds.items())
+    growth = _keys_a_query(length) / _keys_a_query(at)
+    return sum(spent * (growth if kind == "attention" else 1) for kind, spent in seconds.items())
+
+
+def _keys_a_query(length: int) -> float:
+    """Mean over the queries of a sequence, a power of two; half the length but for the blocks."""
+    return length if length <= KEY_BLOCK else (length + KEY_BLOCK) / 2

@@ -49,6 +49,7 @@ ARMS = {
         "buckets-natural-pad-grow-p2x8",
     ),
 }
+SHAPES = {"attention-heavy": (64, 4, 4), "small": (128, 2, 4), "wide": (256, 2, 4)}  # width, layers, heads
 PAPER_TABLE_1 = {256: 1, 512: 1, 1024: 1, 2048: 1, 4096: 1, 8192: 1}  # "at least 256", the paper's main mixture
 
 
@@ -250,7 +251,7 @@ def step_seconds(model: Any, batch: Batch, repeats: int) -> dict[str, float]:
 
 def speed(arguments: argparse.Namespace) -> None:
     """Seconds a step at one context of 8192 tokens, by length, and the speed-ups of the mixtures."""
-    context, shapes = 8192, {"attention-heavy": (64, 4, 4), "small": (128, 2, 4), "wide": (256, 2, 4)}
+    context, shapes = 8192, {name: SHAPES[name] for name in arguments.shapes}
     report = Report("buckets_speed", {"context": context, "tokens_per_step": context, "shapes": shapes})
     data = corpus(arguments.data, arguments.held_out)
     rows, _ = buckets(data.train, 256, context, context, 0, "drop")
@@ -281,7 +282,7 @@ def speed_ups(
     """Speed-up of a mixture over rows of ``context`` tokens at equal tokens: measured, and predicted in three ways.
 
     By the FLOP formula, with attention to the unmasked half or to all; and by the profile of the rows of ``context``
-    tokens, which knows what the formula leaves out.
+    tokens, which knows what the formula leaves out (see `foretold_seconds`). None looks at shorter sequences.
     """
     total = sum(mixture.values())
     share = {length: tokens / total for length, tokens in mixture.items()}
@@ -360,6 +361,7 @@ def main() -> None:
         "--work", type=Path, help="folder that keeps finished training runs, to go on after an interrupt"
     )
     parser.add_argument("--arms", nargs="+", choices={arm for arms in ARMS.values() for arm in arms})
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models of the part speed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--context", type=int, default=2048)
