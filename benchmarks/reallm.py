@@ -12,7 +12,6 @@ found as benchmarks/_peers.py says.
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from _own_text import own_text
 from _quantizers import load_hqq, load_nf4, load_quanto
 from _run import Report
 from _texts import read_text
@@ -177,20 +177,13 @@ def _reallm(options: dict[str, Any], arguments: argparse.Namespace, folder: Path
 
 def _calibration(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> torch.Tensor:
     """Windows of the calibration text and of the model's own, in turn, so that a survey of the first few sees both."""
-    from hf_ext.quant.calibration import calibration_windows, in_turn, sampled_windows
+    from hf_ext.quant.calibration import calibration_windows, in_turn
 
     count, length = arguments.calibration_windows, arguments.calibration_length
     text = calibration_windows(arguments.calibration, tokenizer, count, length)
     if not arguments.own_windows:
         return text
-    kept = Path(arguments.work, f"own-{arguments.own_windows}x{length}.pt")
-    if not kept.exists():
-        start = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(f".{os.getpid()}")
-        torch.save(sampled_windows(model, arguments.own_windows, length, start), unfinished)
-        unfinished.replace(kept)
-    return in_turn(text, torch.load(kept))
+    return in_turn(text, own_text(model, tokenizer, arguments.own_windows, length, arguments.work))
 
 
 def _layers(folder: Path) -> Path:
