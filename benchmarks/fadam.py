@@ -109,6 +109,7 @@ def step_costs(report: Report, peer: str | None, repeats: int) -> None:
                 cpu_ms_min=1e3 * min(times[label]),
                 cpu_ms_median=1e3 * statistics.median(times[label]),
                 ratio=min(times[label]) / min(times[base]),
+                ratio_of_medians=statistics.median(times[label]) / statistics.median(times[base]),
                 ratio_to=base,
                 state_bytes_per_parameter=_state_bytes(optimizer),
             )
