@@ -2,7 +2,8 @@
 
 Run: python benchmarks/cla_heal.py --train books/*.txt --test wiki.test.raw --work FOLDER [--consumers 6 10 15]
 Every finished measurement, layer-wise weights and checkpoints are kept in FOLDER; run again, it goes on from there.
-The ranking comes from benchmarks/results/cla_conversion.json. Writes benchmarks/results/cla_heal.json and .csv.
+The ranking comes from benchmarks/results/cla_conversion.json. Distillation reads rows of the files and, for each of
+--sampled-seeds, as many rows that the dense model writes itself. Writes benchmarks/results/cla_heal.json and .csv.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from hf_ext.default_model import load_model
 from hf_ext.evaluation import perplexity, tokenize
 from hf_ext.patches.cla_convert import convert_to_cla
 from hf_ext.patches.cla_search import search_map
+from hf_ext.quant.calibration import sampled_windows
 from hf_ext.trainers.cla_heal import heal
 from hf_ext.trainers.cla_layerwise import heal_layerwise
 
@@ -34,23 +36,29 @@ SEARCH_ROWS, SEARCH_WINDOW = 4, 160
 
 
 class Curve(TrainerCallback):
-    """Notes the perplexity every so many steps and the minutes spent, and ends a call when its time is over."""
+    """Notes the perplexity every so many steps and the time spent, and ends a call when its time is over.
+
+    The time is that of the processor, in minutes, without what the measuring took.
+    """
 
     def __init__(self, notes: Notes, name: str, measure: Any, every: int, call_minutes: float) -> None:
         self.notes, self.name, self.measure, self.every = notes, name, measure, every
-        self.spent, self.began = notes.found.get(f"{name} minutes", 0.0), time.monotonic()
-        self.call_minutes, self.done = call_minutes, False
+        self.began, self.call_minutes, self.done = time.monotonic(), call_minutes, False
+        self.not_counted = time.process_time() - 60 * notes.found.get(f"{name} minutes", 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """After each optimiser step."""
-        minutes = (time.monotonic() - self.began) / 60
+        minutes = round((time.process_time() - self.not_counted) / 60, 2)
         self.done = state.global_step == state.max_steps
-        if self.done or minutes > self.call_minutes:
+        if self.done or time.monotonic() - self.began > 60 * self.call_minutes:
             control.should_save = control.should_training_stop = True
-            self.notes.write(f"{self.name} minutes", round(self.spent + minutes, 2))
+            self.notes.write(f"{self.name} minutes", minutes)
         if self.done or state.global_step % self.every == 0:
-            tokens = state.global_step * args.per_device_train_batch_size * self.length(kwargs)
-            self.notes.write(f"{self.name} distilled {tokens}", self.measure(model))
+            key = f"{self.name} distilled {state.global_step * args.per_device_train_batch_size * self.length(kwargs)}"
+            start = time.process_time()
+            self.notes.write(key, self.measure(model))
+            self.notes.write(f"{key} minutes", minutes)
+            self.not_counted += time.process_time() - start
 
     @staticmethod
     def length(kwargs: Any) -> int:
@@ -65,6 +73,23 @@ def training_text(tokenizer: Any, files: list[Path], tokens: int, length: int) -
     parts = [tokenize(tokenizer, text[: 8 * share])[:share] for text in texts]
     rows = torch.cat([part[: len(part) // length * length] for part in parts]).view(-1, length)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].flatten()
+
+
+def distilled_text(text: Tensor, model: Any, args: argparse.Namespace, notes: Notes) -> Tensor:
+    """Rows of ``args.length`` tokens, the text's and the dense model's own, drawn once and kept: `[rows · length]`.
+
+    The draw starts from token 0, which separated documents in the pretraining of the default model.
+    """
+    rows = [text[: len(text) // args.length * args.length].view(-1, args.length)]
+    for seed in args.sampled_seeds:
+        file = args.work / f"sampled-{seed}.pt"
+        if not file.exists():
+            start = time.process_time()
+            own = sampled_windows(model, args.sampled_rows, args.length, 0, seed)
+            torch.save(own, file)
+            notes.write(f"sampled {seed} minutes", round((time.process_time() - start) / 60, 2))
+        rows.append(torch.load(file, weights_only=True))
+    return torch.cat(rows).flatten()
 
 
 def read_ranking(path: Path) -> list[PairLoss]:
@@ -95,12 +120,15 @@ def main() -> None:
     parser.add_argument("--consumers", type=int, nargs="+", default=[6, 10, 15])
     parser.add_argument("--maps", choices=("searched", "ranked", "even"), nargs="+", default=["searched"])
     parser.add_argument("--text-tokens", type=int, default=65536)
-    parser.add_argument("--length", type=int, default=1024, help="tokens a row and a step")
+    parser.add_argument("--window", type=int, default=1024, help="tokens of the test's windows and of the text's rows")
+    parser.add_argument("--sampled-seeds", type=int, nargs="*", default=[], help="rows by the dense model itself")
+    parser.add_argument("--sampled-rows", type=int, default=64, help="for each of these seeds")
     parser.add_argument("--layer-tokens", type=int, default=16384, help="text for healing layer by layer; 0: not")
     parser.add_argument("--layer-window", type=int, default=512)
     parser.add_argument("--passes", type=int, default=8, help="over it")
     parser.add_argument("--layer-rate", type=float, default=1e-3)
     parser.add_argument("--tokens", type=int, default=65536, help="of distillation; 0 for none")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row and a step of it")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--trainable", choices=("changed", "attention", "all"), default="changed")
@@ -115,12 +143,12 @@ def main() -> None:
     model, tokenizer = load_model()
     layers = model.config.num_hidden_layers
     held_out = tokenize(tokenizer, args.test.read_text(encoding="utf-8"))
-    text = training_text(tokenizer, args.train, args.text_tokens, args.length)
-    sample = text.view(-1, args.length)[:SEARCH_ROWS, :SEARCH_WINDOW].flatten()
+    text = training_text(tokenizer, args.train, args.text_tokens, args.window)
+    sample = text.view(-1, args.window)[:SEARCH_ROWS, :SEARCH_WINDOW].flatten()
     ranked = read_ranking(args.ranking)
 
     def test(one: Any) -> float:
-        return perplexity(one, held_out, args.length, max_windows=args.test_windows).perplexity
+        return perplexity(one, held_out, args.window, max_windows=args.test_windows).perplexity
 
     notes.once("dense", partial(test, model))
     for kind in args.maps:
@@ -142,13 +170,14 @@ def heal_one(
 ) -> bool:
     """Fit, heal layer by layer and distil one map, measuring after each; whether it is done."""
     folder = args.work / name.replace(" ", "-")
-    student = convert_to_cla(model, {"kv_source_layers": sources}, "fit", text[:FIT_TOKENS])
+    begun = any(folder.glob("*.pt")) or any(folder.glob("checkpoint-*"))  # whose weights replace those of the init
+    student = convert_to_cla(model, {"kv_source_layers": sources}, "copy" if begun else "fit", text[:FIT_TOKENS])
     notes.once(f"{name} fit 0", partial(test, student))
     if args.layer_tokens:
-        start = time.monotonic()
+        start = time.process_time()
         options = {"passes": args.passes, "learning_rate": args.layer_rate, "window": args.layer_window}
         errors = heal_layerwise(student, model, text[: args.layer_tokens], folder=folder, **options)
-        notes.once(f"{name} layer minutes", lambda: round((time.monotonic() - start) / 60, 2))
+        notes.once(f"{name} layer minutes", lambda: round((time.process_time() - start) / 60, 2))
         notes.once(f"{name} layer errors", lambda: errors)
         notes.once(f"{name} layerwise {args.layer_tokens * args.passes}", partial(test, student))
     if not args.tokens or f"{name} healed" in notes.found:
@@ -157,13 +186,13 @@ def heal_one(
     heal(
         student,
         model,
-        text,
+        distilled_text(text, model, args, notes),
         folder,
         tokens=args.tokens,
         length=args.length,
         rows=1,
         layer_tokens=0,
-        save_steps=10,
+        save_steps=100,
         callbacks=[curve],
         learning_rate=args.learning_rate,
         temperature=args.temperature,
@@ -180,9 +209,13 @@ def write_report(notes: Notes, settings: dict[str, Any]) -> None:
     """One row for each measured perplexity."""
     dense = notes.found["dense"]
     maps = {name.removesuffix(" map"): value for name, value in notes.found.items() if name.endswith(" map")}
-    kept = {key: value for key, value in notes.found.items() if key.endswith(("minutes", "errors", "searched"))}
+    kept = {
+        key: value
+        for key, value in notes.found.items()
+        if key.endswith(("minutes", "errors", "searched")) and " distilled " not in key
+    }
     report = Report("cla_heal", {**settings, "maps": maps, **kept})
-    report.row(map="dense", consumers=0, stage="", tokens=0, perplexity=dense, ratio=1.0)
+    report.row(map="dense", consumers=0, stage="", tokens=0, minutes=None, perplexity=dense, ratio=1.0)
     for name, sources in maps.items():
         for key, value in notes.found.items():
             stage, _, tokens = key.removeprefix(name + " ").partition(" ")
@@ -192,6 +225,7 @@ def write_report(notes: Notes, settings: dict[str, Any]) -> None:
                     consumers=len(consumers(sources)),
                     stage=stage,
                     tokens=int(tokens),
+                    minutes=notes.found.get(f"{key} minutes"),
                     perplexity=value,
                     ratio=value / dense,
                 )
