@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="with --heal-tokens: tokens to heal each layer by itself on before that (default: none)",
     )
-    convert.add_argument("--learning-rate", type=float, default=5e-4, help="of the healing (default: %(default)s)")
+    convert.add_argument("--learning-rate", type=float, default=1e-3, help="of the healing (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:

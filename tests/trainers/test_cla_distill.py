@@ -39,7 +39,7 @@ def test_healing_brings_the_student_nearer(teacher, tmp_path, weights):
     student = convert_to_cla(teacher, {"sharing_factor": 2})
     before, frozen = kl(student, teacher), student.model.layers[0].mlp.up_proj.weight.clone()
     trainer = heal(
-        student, teacher, TEXT, tmp_path, tokens=64 * 2 * 20, length=64, learning_rate=3e-3, **WHOLE, **weights
+        student, teacher, TEXT, tmp_path, tokens=64 * 40, length=64, rows=2, learning_rate=3e-3, **WHOLE, **weights
     )
     assert weights.get("kl_weight") == 0.0 or kl(student, teacher) < 0.75 * before
     assert torch.equal(frozen, student.model.layers[0].mlp.up_proj.weight)
@@ -53,7 +53,7 @@ def test_an_interrupted_healing_goes_on_as_if_it_had_not_been(teacher, tmp_path)
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = control.should_save = state.global_step == 4
 
-    options = {"tokens": 64 * 2 * 8, "length": 64, "layer_tokens": 256, "passes": 2, **QUIET}
+    options = {"tokens": 64 * 8, "length": 64, "layer_tokens": 256, "passes": 2, **QUIET}
     whole = convert_to_cla(teacher, {"sharing_factor": 2})
     heal(whole, teacher, TEXT, tmp_path / "whole", **options)
     first = convert_to_cla(teacher, {"sharing_factor": 2})
@@ -112,7 +112,7 @@ def test_wrong_pairs(teacher, tmp_path):
     other = tiny_model("llama", vocab_size=100)
     with pytest.raises(ValueError, match="one vocabulary, got 128 and 100"):
         CLADistillTrainer(convert_to_cla(teacher, {}), other, CLADistillArguments(str(tmp_path), **QUIET))
-    with pytest.raises(ValueError, match="at least one step of 2 rows of 512 tokens, got a text of 100 tokens"):
+    with pytest.raises(ValueError, match="at least one step of 1 x 512 tokens, got a text of 100 tokens"):
         heal(convert_to_cla(teacher, {}), teacher, TEXT[:100], tmp_path, tokens=5000)
 
 
