@@ -7,7 +7,8 @@ model itself are held.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def quantize_model(
             raise ValueError(f"{name}.weight holds values that are not finite; there is nothing to quantise it to.")
     if not config.calibrated:
         for name in tqdm(names, desc="Quantising", disable=not progress.show):
-            _replace(model, name, config.shape_for(*layers[name].weight.shape), None, None, config, progress)
+            shape = config.shape_for(*layers[name].weight.shape)
+            _put(model, name, _solution(name, layers[name], shape, None, None, config, progress), progress)
     else:
         _quantize_calibrated(model, layers, config, progress)
     config.record({name: model.get_submodule(name) for name in names})
@@ -125,7 +127,8 @@ def _quantize_calibrated(model: Any, layers: dict[str, Any], config: ReALLMConfi
         outside = [name for name in layers if not name.startswith(f"{path}.")]
         with tqdm(total=len(layers), desc="Quantising", disable=not progress.show) as bar:
             for name in outside:
-                _replace(model, name, shapes[name], None, None, config, progress)
+                found = _solution(name, layers[name], shapes[name], None, None, config, progress)
+                _put(model, name, found, progress)
                 bar.update()
             for index, block in enumerate(blocks):
                 inside = {name: layer for name, layer in layers.items() if name.startswith(f"{path}.{index}.")}
@@ -133,8 +136,14 @@ def _quantize_calibrated(model: Any, layers: dict[str, Any], config: ReALLMConfi
                 if not all(_is_kept(name, progress) for name in inside):
                     with moments.watching(inside):
                         stream.run(block, index, keep=False)
-                for name in inside:
-                    _replace(model, name, shapes[name], moments.hessian(name), weights.get(name), config, progress)
+
+                def find(name: str, moments: Moments = moments) -> Solution:
+                    statistics = moments.hessian(name), weights.get(name)
+                    return _solution(name, layers[name], shapes[name], *statistics, config, progress)
+
+                largest_first = sorted(inside, key=lambda name: -layers[name].weight.numel())
+                for name, found in zip(largest_first, each_on_a_thread(find, largest_first), strict=True):
+                    _put(model, name, found, progress)
                     bar.update()
                 stream.run(block, index, keep=True)
 
@@ -214,28 +223,50 @@ def _hessians(
             yield name, torch.eye(layer.in_features) if hessian is None else hessian
 
 
-def _replace(
-    model: Any,
+def each_on_a_thread(function: Callable[[str], Solution], names: list[str]) -> Iterator[Solution]:
+    """``function`` of every name in their order, computed on as many threads as torch uses, each on one.
+
+    Most of solving is the search along single columns, which does not spread over threads by itself.
+    """
+    threads = min(torch.get_num_threads(), len(names))
+    if threads < 2:
+        yield from map(function, names)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    before = torch.get_num_threads()
+    try:
+        yield from pool.map(function, names)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _solution(
     name: str,
+    layer: Any,
     shape: MatrixShape,
     hessian: Tensor | None,
     rows: Tensor | None,
     config: ReALLMConfig,
     progress: Progress,
-) -> None:
-    """Solve one layer, or take what an earlier run has kept of it, and put it in the model."""
-    layer = model.get_submodule(name)
+) -> Solution:
+    """Solve one layer, or take what an earlier run has kept of it."""
     kept = _kept_file(name, progress)
     if kept is not None and kept.exists():
-        parts, known = load_file(kept), _kept_shape(kept)
-        progress.errors[name] = float(parts.pop("error"))
-    else:
-        solution = solve(layer.weight.cpu(), shape, hessian, rows, config.effort())
-        parts, known, progress.errors[name] = solution.parts, solution.shape, solution.error
-        if kept is not None:
-            _keep(kept, solution)
-    parts = {part: tensor.to(layer.weight.device) for part, tensor in parts.items()}
-    model.set_submodule(name, ReALLMLinear.from_parts(parts, known, layer.in_features, layer.bias))
+        parts = load_file(kept)
+        return Solution(parts, _kept_shape(kept), float(parts.pop("error")))
+    solution = solve(layer.weight.cpu(), shape, hessian, rows, config.effort())
+    if kept is not None:
+        _keep(kept, solution)
+    return solution
+
+
+def _put(model: Any, name: str, solution: Solution, progress: Progress) -> None:
+    """The quantised layer in place of the plain one."""
+    layer = model.get_submodule(name)
+    progress.errors[name] = solution.error
+    parts = {part: tensor.to(layer.weight.device) for part, tensor in solution.parts.items()}
+    model.set_submodule(name, ReALLMLinear.from_parts(parts, solution.shape, layer.in_features, layer.bias))
 
 
 def _keep(file: Path, solution: Solution) -> None:
