@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_ext.data.curriculum import Curriculum, curriculum_odds, epoch_order
@@ -76,11 +77,17 @@ class BucketStream(IterableDataset[list[Row]]):
             )
         self.odds = curriculum_odds(curriculum, self.lengths)
         self.process_index, self.num_processes = process_index, num_processes
-        self.seed, self.odds_mode, self.epoch = seed, odds_mode, 0
+        self.seed, self.odds_mode = seed, odds_mode
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive read it there
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose order the next iteration has."""
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration, and of the stream itself where it shuffles."""
-        self.epoch = int(epoch)
+        self._epoch.fill_(int(epoch))
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(self.epoch)
 

@@ -81,6 +81,17 @@ def test_epochs_differ_and_repeat():
     assert [numbers(step) for step in data.steps()] == first
 
 
+def test_workers_that_stay_alive_learn_the_epoch():
+    data = stream([4, 8, 16] * 40, window_steps=20)
+    loader = DataLoader(data, batch_size=None, num_workers=1, persistent_workers=True, collate_fn=numbers)
+    orders = []
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        orders.append(list(loader))
+        assert orders[-1] == [numbers(step) for step in data.steps()]
+    assert orders[0] != orders[1]
+
+
 def test_bad_input_in_words():
     with pytest.raises(ValueError, match="times every length, got 32 for sequences of 64 tokens"):
         BucketStream([], TOKENS, lengths=[64, 4])
