@@ -37,10 +37,10 @@ def main() -> None:
     parser.add_argument("--train", required=True, help="text file or folder to train on")
     parser.add_argument("--text", required=True, nargs="+", help="texts to measure on")
     parser.add_argument("--kinds", nargs="+", default=["low_rank", "scales", "norms"], help="what trains")
-    parser.add_argument("--steps", type=int, default=240, help="steps of one window of 512 tokens")
+    parser.add_argument("--steps", type=int, default=120, help="steps of one window of 512 tokens")
     parser.add_argument("--own-seed", type=int, default=11, help="of the model's own writing, 64 windows a seed")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of low-rank factors")
-    parser.add_argument("--relative-lr", type=float, default=2e-3, help="of scales and norms, in parts of their size")
+    parser.add_argument("--lr", type=float, default=5e-4, help="of low-rank factors")
+    parser.add_argument("--relative-lr", type=float, default=1e-3, help="of scales and norms, in parts of their size")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4, help="windows of the first text")
     parser.add_argument("--other-windows", type=int, default=1, help="windows of each other text")
@@ -79,12 +79,9 @@ def _heal(model: Any, teacher: Any, tokenizer: Any, state: Path, arguments: argp
     from hf_ext.quant.distill import DistillOptions, distill
 
     steps = arguments.steps
-    own = [
-        own_text(teacher, tokenizer, BATCH, LENGTH, arguments.work, arguments.own_seed + batch)
-        for batch in range(-(-(steps // 2) // BATCH))
-    ]
-    text = calibration_windows(arguments.train, tokenizer, steps - steps // 2, LENGTH)
-    windows = in_turn(text, torch.cat(own)[: steps // 2])
+    source = (LENGTH, arguments.work, arguments.own_seed, BATCH)
+    own = own_text(teacher, tokenizer, steps // 2, *source)
+    windows = in_turn(calibration_windows(arguments.train, tokenizer, steps - steps // 2, LENGTH), own)
     options = DistillOptions(
         train=tuple(arguments.kinds),
         block_epochs=0,
