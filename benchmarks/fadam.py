@@ -45,12 +45,12 @@ SHAPES = {
 
 OPTIMIZERS = ("AdamW", "FAdam")
 VARIATIONS: tuple[dict[str, Any], ...] = (
-    {"optim_bits": 8},
-    *({"eps_mode": mode} for mode in ("fixed", "rms_min", "rms_max")),
     {"clip": None, "decay_cap": 10.0},
-    {"clip": 0.5},
     {"weight_decay": 0.01},
     {"max_norm": math.inf},
+    {"clip": 0.5},
+    *({"eps_mode": mode} for mode in ("fixed", "rms_min", "rms_max")),
+    {"optim_bits": 8},
 )
 
 
