@@ -157,6 +157,17 @@ def test_streams(tmp_path):
     assert torch.equal(weights(resumed), weights(straight))
 
 
+def test_workers_do_not_change_a_stream(tmp_path):
+    seen = []
+    for workers in (0, 2):
+        args = arguments(tmp_path, max_steps=6, bucket_window_steps=5, dataloader_num_workers=workers)
+        stream = documents(60).to_iterable_dataset(num_shards=2)
+        trainer = Recording(tiny_model(), args, train_dataset=stream)
+        trainer.train()
+        seen.append(trainer.seen)
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
 def test_a_tokenizers_eos_ends_documents_and_is_learned_even_as_padding(tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
