@@ -47,6 +47,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "GPTQ-3": {"bits": 3, **ROUNDING, "calibrated": True},
     "reallm-3": {"budget": 3.3, "calibrated": True},
     "reallm-2": {"budget": 2.5, "calibrated": True},
+    "reallm-3 longer states": {"budget": 3.3, "state_bits": 12, "calibrated": True},
+    "reallm-2 longer states": {"budget": 2.5, "state_bits": 12, "calibrated": True},
     "reallm-3 one shape": {"bits": 3, "rank": 4, "calibrated": True},
     "reallm-2 one shape": {"bits": 2, "rank": 4, "calibrated": True},
     "reallm-3 k-means": {"budget": 3.3, "decoder": "identity", "calibrated": True},
@@ -79,6 +81,8 @@ def main() -> None:
     parser.add_argument("--calibration-windows", type=int, default=16)
     parser.add_argument("--calibration-length", type=int, default=1024, help="tokens of each")
     parser.add_argument("--own-windows", type=int, default=0, help="as many more that the model writes itself")
+    parser.add_argument("--own-seed", type=int, default=0, help="of the draw of the first batch")
+    parser.add_argument("--own-batch", type=int, help="windows that it writes at once (default: all)")
     parser.add_argument("--report", default="reallm", help="name of the result files")
     parser.add_argument("--work", default="out/reallm", help="where finished rows and ReALLM models are kept")
     parser.add_argument("--one", choices=list(METHODS), help=argparse.SUPPRESS)
@@ -183,7 +187,8 @@ def _calibration(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> t
     text = calibration_windows(arguments.calibration, tokenizer, count, length)
     if not arguments.own_windows:
         return text
-    return in_turn(text, own_text(model, tokenizer, arguments.own_windows, length, arguments.work))
+    source = (length, arguments.work, arguments.own_seed, arguments.own_batch)
+    return in_turn(text, own_text(model, tokenizer, arguments.own_windows, *source))
 
 
 def _layers(folder: Path) -> Path:
