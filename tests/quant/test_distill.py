@@ -3,6 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_ext import ReALLMConfig
+from hf_ext.quant.adapter import low_rank_to_adapter
 from hf_ext.quant.distill import DistillOptions, distill, pull_towards
 from hf_ext.quant.integrity import bits_on_disk
 from hf_ext.quant.linear import quantized_layers
@@ -66,6 +67,21 @@ def test_a_healed_model_is_saved_at_not_a_bit_more(folder, tmp_path):
     assert bits_on_disk(tmp_path / "healed")["linear"] == bits_on_disk(folder / "base")["linear"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_an_adapter_taken_from_a_healed_model_loads_on_its_base(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = student(folder)
+    distill(model, tiny_model(), IDS, options=DistillOptions(block_epochs=0, steps=6, **SHORT), progress=False)
+    healed = model(IDS).logits
+    wrapped = low_rank_to_adapter(model)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base = wrapped.unload()
+    base.save_pretrained(tmp_path / "base")
+    assert not torch.allclose(base(IDS).logits, healed, atol=1e-3)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(again(IDS).logits, healed, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_is_that_of_the_divergence():
