@@ -15,7 +15,7 @@ from hf_ext.caches.config import CacheConfig, check_sizes
 from hf_ext.caches.decoquant import DecoQuantConfig
 from hf_ext.caches.evicting_layer import SLACK, WAITING, EvictingDenseLayer, EvictingPackedLayer, Evicts
 from hf_ext.caches.forward import Forward
-from hf_ext.caches.observed import check_crop, note_attended, tell_incoming
+from hf_ext.caches.observed import check_attended, check_crop, tell_incoming
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,7 @@ class EvictingCache(HfExtCache):
         Raises:
             RuntimeError: the model does not call its attention through the host's interface, so nothing was scored.
         """
-        if not note_attended(list(self.evicting), forward):
-            raise RuntimeError(
-                f"the {self.config.type} cache never saw the attention of {type(forward.decoder).__name__}: hf_ext is "
-                f"not installed, or the model does not use transformers' AttentionInterface."
-            )
+        check_attended(list(self.evicting), forward, self.config.type)
         super().end_forward(forward, hidden_states)
         if self.record_past:
             for layer in self.evicting:

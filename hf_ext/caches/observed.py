@@ -193,6 +193,19 @@ def note_attended(layers: list[ObservedLayer], forward: Forward) -> bool:
     return attended
 
 
+def check_attended(layers: list[ObservedLayer], forward: Forward, kind: str) -> None:
+    """`note_attended`, for a cache of type ``kind`` that is lost without it.
+
+    Raises:
+        RuntimeError: the model does not call its attention through the host's interface.
+    """
+    if not note_attended(layers, forward):
+        raise RuntimeError(
+            f"the {kind} cache never saw the attention of {type(forward.decoder).__name__}: hf_ext is not installed, "
+            f"or the model does not use transformers' AttentionInterface."
+        )
+
+
 def check_crop(layers: list[ObservedLayer], tokens_to_remove: int) -> None:
     """Refuse a crop that some layer cannot do, before any layer does it.
 

@@ -17,7 +17,7 @@ from hf_ext.caches.config import CacheConfig, check_numbers, check_sizes
 from hf_ext.caches.decoquant import DecoQuantConfig
 from hf_ext.caches.evicting import storage_of
 from hf_ext.caches.forward import Forward
-from hf_ext.caches.observed import check_crop, note_attended, tell_incoming
+from hf_ext.caches.observed import check_attended, check_crop, tell_incoming
 from hf_ext.caches.pyramid_layer import PyramidDenseLayer, PyramidLayer, PyramidPackedLayer
 from hf_ext.caches.support import layer_types
 
@@ -229,11 +229,7 @@ class PyramidInferCache(HfExtCache):
         Raises:
             RuntimeError: the model does not call its attention through the host's interface, so nobody voted.
         """
-        if not note_attended(list(self.voting), forward):
-            raise RuntimeError(
-                f"the {self.config.type} cache never saw the attention of {type(forward.decoder).__name__}: hf_ext is "
-                f"not installed, or the model does not use transformers' AttentionInterface."
-            )
+        check_attended(list(self.voting), forward, self.config.type)
         self.index = None
         if not self.config.gathers and not self.record_past:
             self._prune()
