@@ -53,8 +53,8 @@ class BucketedArguments:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # the TrainingArguments that this stands before
-        self.bucket_mixture = _by_length(self.bucket_mixture)
-        self.bucket_curriculum = _by_length(self.bucket_curriculum)
+        for name in ("bucket_mixture", "bucket_curriculum"):
+            setattr(self, name, _by_length(name, getattr(self, name)))
         check_bucket_arguments(self)
 
 
@@ -98,8 +98,10 @@ def check_bucket_arguments(args: Any) -> None:
         )
 
 
-def _by_length(value: Any) -> Any:
+def _by_length(name: str, value: Any) -> Any:
     """A mapping from length, also where it came as JSON text or with the string keys of JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = json.loads(value)
-    return {int(length): weight for length, weight in value.items()} if isinstance(value, dict) else value
+    try:
+        found = json.loads(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
+        return {int(length): float(weight) for length, weight in found.items()} if isinstance(found, dict) else found
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must give a number for each length in tokens, got {value!r}.") from error

@@ -332,10 +332,12 @@ def _longest_row(rows: Any, limit: int) -> int:
     """Tokens of the longest row there is.
 
     Raises:
-        ValueError: it is above ``limit``.
+        ValueError: it is above ``limit``, or there is no row.
     """
     ks = exponents(rows)
-    longest = 1 << int(ks.max()) if len(ks) else 1
+    if not len(ks):
+        raise ValueError("train_dataset has no rows: no document reaches the shortest bucket with a token to learn.")
+    longest = 1 << int(ks.max())
     if longest > limit:
         raise ValueError(f"The rows of train_dataset have up to {longest} tokens, but bucket_max_length is {limit}.")
     return longest

@@ -306,6 +306,8 @@ def test_sft_options_that_undo_buckets(tmp_path):
         ({"bucket_cycles": 0}, "bucket_cycles must be a positive integer, got 0"),
         ({"bucket_curriculum": "grow"}, "'grow' is no curriculum"),
         ({"bucket_mixture": "even"}, "bucket_mixture must be one of natural, equal or a dict, got 'even'"),
+        ({"bucket_mixture": {"a": 1}}, "bucket_mixture must give a number for each length in tokens, got {'a': 1}"),
+        ({"bucket_curriculum": '{"8": 1,'}, "bucket_curriculum must give a number for each length in tokens"),
         ({"bucket_odds_mode": "x"}, "bucket_odds_mode must be one of"),
         ({"bucket_remainder": "x"}, "remainder must be one of drop, pad"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be 'random'"),
@@ -326,7 +328,7 @@ def test_data_in_words(tmp_path):
         train(None)
     with pytest.raises(ValueError, match=r"must be a datasets\.Dataset"):
         train([{"input_ids": [1, 2, 3]}])
-    with pytest.raises(ValueError, match="No bucket fills one batch"):
+    with pytest.raises(ValueError, match="no rows: no document reaches the shortest bucket"):
         train(documents(3, longest=6))
     with pytest.raises(ValueError, match="must not be above the model's 16 positions, got 32"):
         train(documents(), tiny_model(max_position_embeddings=16))
