@@ -5,8 +5,7 @@
 Small Llamas of several widths on the interpreter's own library. The compiled run stops half-way and is resumed with a
 new model and no graph in memory, as a new process would be; the compiler's files on disk are there. Steps are CPU
 seconds of this process, without the first of every length; compiling is the wall time of those first ones, because the
-compiler runs processes of its own. ``--skip-mask`` shows what the host's models will do from torch 2.14 on: in graphs
-of older versions they make the causal mask as a tensor, and attention then computes the masked half as well.
+compiler runs processes of its own.
 """
 
 import argparse
@@ -23,7 +22,6 @@ from _bucket_arms import as_dataset, corpus
 from _run import Report
 from buckets import llama
 from torch import _dynamo
-from transformers import masking_utils
 
 from hf_ext.trainers.bucketed_config import BucketedTrainingArguments
 from hf_ext.trainers.bucketed_trainer import BucketedTrainer
@@ -91,7 +89,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with .txt documents (default: the interpreter's library)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 256], help="widths")
-    parser.add_argument("--skip-mask", action="store_true", help="leave out the causal mask, as from torch 2.14 on")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--shortest", type=int, default=512)
     parser.add_argument("--longest", type=int, default=1024)
@@ -101,9 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     documents = as_dataset(corpus(options.data, 60).train)
-    if options.skip_mask:
-        masking_utils.is_torchdynamo_exporting = lambda: False
-    report = Report("buckets_compile_skip_mask" if options.skip_mask else "buckets_compile", vars(options))
+    report = Report("buckets_compile", vars(options))
     for hidden in options.hidden:
         with tempfile.TemporaryDirectory() as folder:
             compare(report, hidden, documents, folder, options)
