@@ -44,13 +44,16 @@ SHAPES = {
 
 
 OPTIMIZERS = ("AdamW", "FAdam")
-VARIATIONS: tuple[dict[str, Any], ...] = (
-    {"clip": None, "decay_cap": 10.0},
-    {"weight_decay": 0.01},
-    {"max_norm": math.inf},
-    {"clip": 0.5},
-    *({"eps_mode": mode} for mode in ("fixed", "rms_min", "rms_max")),
-    {"optim_bits": 8},
+VARIATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("FAdam", {"weight_decay": 0.01}),
+    ("FAdam", {"weight_decay": 0.03}),
+    ("AdamW", {"weight_decay": 0.03}),
+    ("AdamW", {"weight_decay": 0.3}),
+    ("FAdam", {"clip": None, "decay_cap": 10.0}),
+    ("FAdam", {"clip": 0.5}),
+    ("FAdam", {"max_norm": math.inf}),
+    *(("FAdam", {"eps_mode": mode}) for mode in ("fixed", "rms_min", "rms_max")),
+    ("FAdam", {"optim_bits": 8}),
 )
 
 
@@ -141,17 +144,16 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> float:
 
 
 def convergence(report: Report, task: Task, options: argparse.Namespace) -> None:
-    """Both optimizers on one grid and seed 0, the best settings of each on other seeds, then FAdam's options there."""
+    """Both optimizers on one grid and seed 0, the best settings of each on other seeds, then other options there."""
     finished = _finished(report)
     seeds = range(1, options.seeds + 1)
 
-    def run(part: str, name: str, lr: float, beta2: float, seed: int, max_norm: float = 1.0, **varied: Any) -> float:
-        label = " ".join([name, *(f"{key}={value}" for key, value in varied.items())])
-        label += "" if max_norm == 1 else f" max_grad_norm={max_norm}"
-        row: dict[str, Any] = {"part": part, "optimizer": label, "lr": lr, "beta2": beta2, "seed": seed}
+    def run(part: str, name: str, lr: float, beta2: float, seed: int, **varied: Any) -> float:
+        row: dict[str, Any] = {"part": part, "optimizer": _label(name, **varied)}
+        row |= {"lr": lr, "beta2": beta2, "seed": seed}
         done = finished.pop(tuple(row.values()), None)
         if done is None:
-            _, loss, rms = train(task, name, lr, beta2, seed, max_norm, **varied)
+            _, loss, rms = train(task, name, lr, beta2, seed, **varied)
             done = {**row, "held_out_nats": loss, "weight_rms": rms}
         report.row(**done)
         _save(report, list(finished.values()))
@@ -166,15 +168,21 @@ def convergence(report: Report, task: Task, options: argparse.Namespace) -> None
             losses = [run("compare", name, lr, beta2, seed) for seed in seeds]
             compared.append((statistics.mean(losses), lr, beta2, losses))
         best[name] = min(compared)
-    _, lr, beta2, base = best["AdamW"]
+    base = best["AdamW"][-1]
     for name, (_, rate, decay_rate, losses) in best.items():
         report.row(part="best", optimizer=name, lr=rate, beta2=decay_rate, **_paired(losses, base))
     report.save()
     if options.vary:
-        _, lr, beta2, _ = best["FAdam"]
-        for varied in VARIATIONS:
-            losses = [run("vary", "FAdam", lr, beta2, seed, **varied) for seed in seeds]
-            report.row(part="vary", optimizer=f"FAdam {varied}", lr=lr, beta2=beta2, **_paired(losses, base))
+        for name, varied in VARIATIONS:
+            _, rate, decay_rate, _ = best[name]
+            losses = [run("vary", name, rate, decay_rate, seed, **varied) for seed in seeds]
+            report.row(
+                part="vary", optimizer=_label(name, **varied), lr=rate, beta2=decay_rate, **_paired(losses, base)
+            )
+
+
+def _label(name: str, **varied: Any) -> str:
+    return " ".join([name, *(f"{key}={value}" for key, value in varied.items())])
 
 
 def _paired(losses: list[float], base: list[float]) -> dict[str, Any]:
@@ -298,7 +306,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--finalists", type=int, default=3, help="settings of each optimizer that the seeds compare")
-    parser.add_argument("--vary", action="store_true", help="then FAdam's best setting with other options")
+    parser.add_argument("--vary", action="store_true", help="then the best setting of each with other options")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3, 1.2e-2])
     parser.add_argument("--beta2s", type=float, nargs="+", default=[0.95, 0.99, 0.999])
     parser.add_argument("--hidden", type=int, default=64)
