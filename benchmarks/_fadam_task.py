@@ -16,11 +16,17 @@ DECAYS = {"AdamW": 0.1, "FAdam": 1e-3}  # customary, and FAdam's own default
 Watch = Callable[[nn.Module, torch.optim.Optimizer], None]
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float, beta2: float, **options: Any) -> torch.optim.Optimizer:
-    """AdamW or FAdam with its decay of `DECAYS`, unless ``weight_decay`` is among the options; vectors have none."""
+def make_optimizer(name: str, model: Any, lr: float, beta2: float, **options: Any) -> torch.optim.Optimizer:
+    """AdamW or FAdam with its decay of `DECAYS`, unless ``weight_decay`` is among the options; vectors have none.
+
+    The option ``head_clip`` is FAdam's clip for the output head alone.
+    """
     decay = options.pop("weight_decay", DECAYS[name])
+    head_options = {"clip": options.pop("head_clip")} if "head_clip" in options else {}
+    head = model.get_output_embeddings().weight
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in model.parameters() if p.dim() > 1 and p is not head], "weight_decay": decay},
+        {"params": [head], "weight_decay": decay, **head_options},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return (torch.optim.AdamW if name == "AdamW" else FAdam)(groups, lr=lr, betas=(0.9, beta2), **options)
