@@ -50,7 +50,7 @@ def main() -> None:
 
     from hf_ext.default_model import load_model
 
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("work", "base")}
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("work", "base", "steps")}
     settings |= {"train": Path(arguments.train).name, "text": [Path(text).stem for text in arguments.text]}
     report = Report("reallm_heal", settings)
     teacher, tokenizer = load_model(arguments.model)
