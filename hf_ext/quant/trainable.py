@@ -70,7 +70,7 @@ def _parts_of(layer: ReALLMLinear, kinds: tuple[str, ...]) -> dict[str, nn.Param
     if low_rank is not None:
         parts |= {name: nn.Parameter(part.clone()) for name, part in zip(("lr_a", "lr_b"), low_rank, strict=True)}
     if "scales" in kinds:
-        parts["gain"] = nn.Parameter(torch.ones(layer.out_features, device=layer.qweight.device))
+        parts["gain"] = nn.Parameter(torch.ones(layer.out_features, device=layer.get_buffer("qweight").device))
     return parts
 
 
