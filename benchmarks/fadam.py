@@ -45,16 +45,14 @@ SHAPES = {
 
 OPTIMIZERS = ("AdamW", "FAdam")
 VARIATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("FAdam", {"clip": 0.5}),
     ("FAdam", {"weight_decay": 0.01}),
     ("FAdam", {"weight_decay": 0.03}),
     ("AdamW", {"weight_decay": 0.03}),
     ("AdamW", {"weight_decay": 0.3}),
     ("FAdam", {"head_clip": 5.0}),
     ("FAdam", {"clip": None, "decay_cap": 10.0}),
-    ("FAdam", {"clip": 0.5}),
     ("FAdam", {"max_norm": math.inf}),
-    ("FAdam", {"eps_mode": "rms_min"}),
-    ("FAdam", {"optim_bits": 8}),
 )
 
 
