@@ -6,6 +6,7 @@ from hf_ext.quant.calibration import (
     calibration_windows,
     capture_block_inputs,
     find_blocks,
+    in_turn,
     output_gradients,
     sampled_windows,
 )
@@ -115,3 +116,9 @@ def test_sampled_windows_follow_the_models_own_distribution():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="Linear has no list of blocks"):
         find_blocks(torch.nn.Linear(2, 2))
+
+
+def test_two_kinds_of_windows_take_turns_and_the_rest_comes_last():
+    first, second = torch.arange(3)[:, None].expand(3, 2), 10 + torch.arange(5)[:, None].expand(5, 2)
+    assert in_turn(first, second)[:, 0].tolist() == [0, 10, 1, 11, 2, 12, 13, 14]
+    assert in_turn(second, first)[:, 0].tolist() == [10, 0, 11, 1, 12, 2, 13, 14]

@@ -337,6 +337,7 @@ def test_a_config_can_be_used_again(plain):
         ({"bits": 3, "vector_size": 4}, "code_bits must be a whole number from 1 to 8, got 12"),
         ({"rank": -1}, "rank must be a whole number"),
         ({"budget": 3}, "budget chooses shapes by error and needs calibration"),
+        ({"own_windows": -1}, "own_windows must be a whole number, at least 0, got -1"),
         ({"budget": 1, "calibration": IDS}, "budget must be from 1.5 to 16"),
         ({"preset": "slow"}, "preset must be one of fast, quality, got 'slow'"),
         ({"damping": 0}, "damping must be above 0"),
