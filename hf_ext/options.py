@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, Self
 
 
@@ -37,6 +38,6 @@ def positive_integer(name: str, value: Any) -> int:
     Raises:
         ValueError: it is no integer of at least 1; ``name`` says what it was for.
     """
-    if isinstance(value, bool) or value != int(value) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or value < 1 or value % 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     return int(value)

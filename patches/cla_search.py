@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ext.cla.fit import Moments
-from hf_ext.cla.losses import distillation_kl
 from hf_ext.cla.ranking import PairLoss, within_bytes
 from hf_ext.cla.search import Map, search_pairs
+from hf_ext.divergence import distillation_kl
 from hf_ext.patches.architectures import architecture_of
 from hf_ext.patches.cla import attentions_of
 from hf_ext.patches.cla_config import layer_kinds

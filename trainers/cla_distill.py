@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_ext.cla.losses import distillation_kl, hidden_error
+from hf_ext.cla.losses import hidden_error
 from hf_ext.cla.shared import attention_paths, shared_layers
+from hf_ext.divergence import distillation_kl
 from hf_ext.trainers.cla_distill_config import CLADistillArguments
 
 

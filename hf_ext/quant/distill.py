@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hf_ext.divergence import distillation_kl
 from hf_ext.options import Options
 from hf_ext.quant.calibration import calibration_windows, capture_block_inputs, find_blocks
 from hf_ext.quant.linear import quantized_layers
@@ -26,7 +27,6 @@ from hf_ext.quant.trainable import KINDS, Trainable, trainable_parts
 
 STATE = "distill.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-TOKENS = 8  # whose logits the loss works on at once: what stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -123,25 +123,6 @@ def distill(
     return run.losses
 
 
-def pull_towards(logits: Tensor, wanted: Tensor) -> float:
-    """Send the gradient of ``KL(wanted || logits)``, the mean over tokens, back through ``logits`` ``[T, V]``.
-
-    By a token's logits it is ``q - p`` with the softmax q of ``logits`` and p of ``wanted``.
-
-    Returns:
-        The divergence in nats.
-    """
-    gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
-    for at in range(0, len(logits), TOKENS):
-        log_q = logits[at : at + TOKENS].detach().float().log_softmax(-1)
-        log_p = wanted[at : at + TOKENS].detach().float().log_softmax(-1)
-        p = log_p.exp()
-        total += (p * (log_p - log_q)).sum()
-        gradient[at : at + TOKENS] = log_q.exp_().sub_(p) / len(logits)
-    logits.backward(gradient)
-    return total.item() / len(logits)
-
-
 @dataclass
 class _Run:
     """One distillation: what it works on and how far it has come."""
@@ -205,11 +186,13 @@ class _Run:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / total))
             with torch.no_grad():
-                wanted = self.teacher(input_ids=window, use_cache=False).logits[0]
+                wanted = self.teacher(input_ids=window, use_cache=False).logits
             with torch.enable_grad():
-                self.losses.append(pull_towards(self.model(input_ids=window, use_cache=False).logits[0], wanted))
+                loss = distillation_kl(self.model(input_ids=window, use_cache=False).logits, wanted)
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            self.losses.append(loss.item())
             if len(self.losses) % self.options.save_every == 0:
                 self.save()
         self.save()

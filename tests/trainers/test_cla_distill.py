@@ -8,7 +8,7 @@ from hf_ext.testing import assert_close, ragged_batch, tiny_model
 
 pytest.importorskip("accelerate")
 
-from hf_ext.cla.losses import distillation_kl
+from hf_ext.divergence import distillation_kl
 from hf_ext.trainers.cla_distill import CLADistillTrainer, counted_tokens, freeze_all_but
 from hf_ext.trainers.cla_distill_config import CLADistillArguments
 from hf_ext.trainers.cla_heal import heal

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_ext import convert_to_cla
-from hf_ext.cla.losses import distillation_kl
+from hf_ext.divergence import distillation_kl
 from hf_ext.testing import FAMILIES, assert_close, tiny_model
 
 pytest.importorskip("accelerate")
