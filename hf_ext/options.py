@@ -38,6 +38,7 @@ def positive_integer(name: str, value: Any) -> int:
     Raises:
         ValueError: it is no integer of at least 1; ``name`` says what it was for.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or value < 1 or value % 1:
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else 0
+    if number < 1 or number % 1:  # of infinity and NaN this is NaN, which counts as true
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-    return int(value)
+    return int(number)
