@@ -24,6 +24,9 @@ ALONE = (
     "buckets_compile.py",
     "fadam.py step",
     "fadam.py convergence",
+    "fadam.py convergence --layers 1 --length 32 --batch 16 --steps 1200 --learning-rates 1.5e-3 3e-3 6e-3 1.2e-2 "
+    "--beta2s 0.95 0.99 --suffix _one_layer --vary",
+    "fadam.py updates --layers 1 --length 32 --batch 16 --steps 1200 --suffix _one_layer",
     "fadam.py spike",
     "spo.py --work {work}/spo",
     "adpo.py --work {work}/adpo",
@@ -46,12 +49,19 @@ WITH_DATA = (
     "caches.py plot",
     "caches_cla.py --data {wikitext} --train {books}",
     "cla_conversion.py --train {books} --test {wikitext} --work {work}/cla",
-    "cla_heal.py --train {books} --test {wikitext} --work {work}/cla_heal",
+    "cla_heal.py --train {books} pydoc --test {wikitext} --work {work}/cla_heal --consumers 6 --sampled-seeds 11 12 "
+    "--learning-rate 1e-3 --tokens 98304",
+    "cla_heal.py --train {books} pydoc --test {wikitext} --work {work}/cla_heal_more --consumers 10 15 "
+    "--sampled-seeds 11 12 --learning-rate 1e-3 --tokens 16384 --suffix _more_layers",
+    "cla_heal.py --train {wikitext} --test {wikitext} --work {work}/cla_heal_own --consumers 6 --text-tokens 98304 "
+    "--learning-rate 1e-3 --tokens 98304 --suffix _own_domain",
     "reallm_layers.py --calibration {data}/books --text {wikitext}",
     "reallm.py --calibration {data}/books --text {wikitext} pydoc {data}/gsm8k/test300.jsonl --work {work}/reallm",
     "reallm.py --calibration {data}/books --text {wikitext} pydoc {data}/gsm8k/test300.jsonl --calibration-windows 8 "
     "--calibration-length 512 --own-windows 8 --report reallm_quality --only float32 reallm-3 reallm-2 "
     "--work {work}/reallm_quality",
+    "reallm_heal.py --base {work}/reallm_quality/reallm-3 {work}/reallm_quality/reallm-2 --train {data}/books "
+    "--text {wikitext} pydoc {data}/gsm8k/test300.jsonl --steps 64 --work {work}/reallm_heal",
 )
 WITH_PEER = ("fadam.py parity --peer {peer}",)
 

@@ -3,11 +3,13 @@
 Run: python benchmarks/cla_heal.py --train books/*.txt --test wiki.test.raw --work FOLDER [--consumers 6 10 15]
 Every finished measurement, layer-wise weights and checkpoints are kept in FOLDER; run again, it goes on from there.
 The ranking comes from benchmarks/results/cla_conversion.json. Distillation reads rows of the files and, for each of
---sampled-seeds, as many rows that the dense model writes itself. Writes benchmarks/results/cla_heal.json and .csv.
+--sampled-seeds, as many rows that the dense model writes itself. Where a file to train on is the test's own, it is the
+articles after those tested. Writes benchmarks/results/cla_heal.json and .csv.
 """
 
 import argparse
 import json
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from hf_ext.trainers.cla_layerwise import heal_layerwise
 
 FIT_TOKENS = 8192
 SEARCH_ROWS, SEARCH_WINDOW = 4, 160
+ARTICLE = re.compile(r"^ = [^=]+ = $", re.MULTILINE)  # the heading of one, in WikiText
 
 
 class Curve(TrainerCallback):
@@ -66,13 +69,24 @@ class Curve(TrainerCallback):
         return len(kwargs["train_dataloader"].dataset[0]["input_ids"])
 
 
-def training_text(tokenizer: Any, files: list[Path], tokens: int, length: int) -> Tensor:
-    """As many tokens of each file, and of the Python manual, in rows of ``length``, shuffled: `[rows · length]`."""
-    texts = [file.read_text(encoding="utf-8")[2000:] for file in files] + ["\n\n".join(topics.values())]
-    share = -(-tokens // (len(texts) * length)) * length
+def training_text(tokenizer: Any, args: argparse.Namespace) -> Tensor:
+    """As many tokens of each text, in rows of ``args.window``, shuffled: `[rows · window]`."""
+    length, texts = args.window, [source(name, tokenizer, args) for name in args.train]
+    share = -(-args.text_tokens // (len(texts) * length)) * length
     parts = [tokenize(tokenizer, text[: 8 * share])[:share] for text in texts]
     rows = torch.cat([part[: len(part) // length * length] for part in parts]).view(-1, length)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))].flatten()
+
+
+def source(name: Path, tokenizer: Any, args: argparse.Namespace) -> str:
+    """A text to train on: a file without its front matter, or ``pydoc``; of the test's own file, later articles."""
+    if str(name) == "pydoc":
+        return "\n\n".join(topics.values())
+    text = name.read_text(encoding="utf-8")
+    if name != args.test:
+        return text[2000:]
+    ends = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    return text[ARTICLE.search(text, ends[args.window * args.test_windows][1]).start() :]
 
 
 def distilled_text(text: Tensor, model: Any, args: argparse.Namespace, notes: Notes) -> Tensor:
@@ -113,7 +127,7 @@ def searched_map(model: Any, ids: Tensor, ranked: list[PairLoss], keep: int, not
 def main() -> None:
     """Every map and number of consumers asked for, as far as the minutes of this call reach."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--train", type=Path, nargs="+", required=True)
+    parser.add_argument("--train", type=Path, nargs="+", required=True, help="files; pydoc for the Python manual")
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--ranking", type=Path, default=RESULTS / "cla_conversion.json")
@@ -134,16 +148,17 @@ def main() -> None:
     parser.add_argument("--trainable", choices=("changed", "attention", "all"), default="changed")
     parser.add_argument("--test-windows", type=int, default=6)
     parser.add_argument("--every", type=int, default=16, help="steps between measurements of the perplexity")
+    parser.add_argument("--suffix", default="", help="of the report's name")
     parser.add_argument("--call-minutes", type=float, default=1e9, help="stop distilling after so long; run it again")
     args = parser.parse_args()
-    once = ("work", "consumers", "maps", "call_minutes", "tokens", "ranking", "every")
+    once = ("work", "consumers", "maps", "call_minutes", "tokens", "ranking", "every", "suffix")
     settings = {name: value for name, value in vars(args).items() if name not in once}
     settings |= {"train": [file.name for file in args.train], "test": args.test.name}
     notes = Notes(args.work / "notes.json", settings)
     model, tokenizer = load_model()
     layers = model.config.num_hidden_layers
     held_out = tokenize(tokenizer, args.test.read_text(encoding="utf-8"))
-    text = training_text(tokenizer, args.train, args.text_tokens, args.window)
+    text = training_text(tokenizer, args)
     sample = text.view(-1, args.window)[:SEARCH_ROWS, :SEARCH_WINDOW].flatten()
     ranked = read_ranking(args.ranking)
 
@@ -162,7 +177,7 @@ def main() -> None:
             sources = notes.once(f"{name} map", make[kind])
             if not heal_one(args, notes, name, sources, model, text, test):
                 return
-            write_report(notes, settings)
+            write_report(notes, settings, args.suffix)
 
 
 def heal_one(
@@ -205,7 +220,7 @@ def heal_one(
     return curve.done
 
 
-def write_report(notes: Notes, settings: dict[str, Any]) -> None:
+def write_report(notes: Notes, settings: dict[str, Any], suffix: str) -> None:
     """One row for each measured perplexity."""
     dense = notes.found["dense"]
     maps = {name.removesuffix(" map"): value for name, value in notes.found.items() if name.endswith(" map")}
@@ -214,7 +229,7 @@ def write_report(notes: Notes, settings: dict[str, Any]) -> None:
         for key, value in notes.found.items()
         if key.endswith(("minutes", "errors", "searched")) and " distilled " not in key
     }
-    report = Report("cla_heal", {**settings, "maps": maps, **kept})
+    report = Report(f"cla_heal{suffix}", {**settings, "maps": maps, **kept})
     report.row(map="dense", consumers=0, stage="", tokens=0, minutes=None, perplexity=dense, ratio=1.0)
     for name, sources in maps.items():
         for key, value in notes.found.items():
