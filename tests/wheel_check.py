@@ -1,8 +1,10 @@
-"""Run by CI where only the wheel is installed: everything imports from it, and a flagged model generates."""
+"""Run by CI where only the wheel is installed: all imports, kernels compile, and a flagged model generates."""
 
 import importlib
 import pkgutil
+import shutil
 import tempfile
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -23,6 +25,13 @@ for module in pkgutil.walk_packages(hf_ext.__path__, "hf_ext."):
 for folder in ("patches", "trainers", "kernels"):
     module = importlib.import_module(f"hf_ext.{folder}")
     assert all("site-packages" in path for path in module.__path__), module.__path__
+
+kernels = importlib.import_module("hf_ext.kernels.native")
+sources = [path for suffix in kernels.LANGUAGES for path in Path(kernels.__file__).parent.glob(f"*{suffix}")]
+assert sources
+if shutil.which("cc") and shutil.which("c++"):
+    for source in sources:  # headers have to be in the wheel too
+        assert kernels.load_native(source.stem) is not None, source
 
 with tempfile.TemporaryDirectory() as folder:
     tiny_model(hf_ext={"kv_cache": "sirllm"}).save_pretrained(folder)
