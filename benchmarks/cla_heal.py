@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from _notes import Notes
 from _run import RESULTS, Report
+from _texts import read_text
 from cla_conversion import even_map
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_ext.cla.plan import consumers
 from hf_ext.cla.ranking import PairLoss, propose_map
@@ -129,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", type=Path, nargs="+", required=True, help="files; pydoc for the Python manual")
     parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--also", nargs="*", default=[], help="other texts to measure what is healed on")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--ranking", type=Path, default=RESULTS / "cla_conversion.json")
     parser.add_argument("--consumers", type=int, nargs="+", default=[6, 10, 15])
@@ -151,7 +153,7 @@ def main() -> None:
     parser.add_argument("--suffix", default="", help="of the report's name")
     parser.add_argument("--call-minutes", type=float, default=1e9, help="stop distilling after so long; run it again")
     args = parser.parse_args()
-    once = ("work", "consumers", "maps", "call_minutes", "tokens", "ranking", "every", "suffix")
+    once = ("work", "consumers", "maps", "call_minutes", "tokens", "ranking", "every", "suffix", "also")
     settings = {name: value for name, value in vars(args).items() if name not in once}
     settings |= {"train": [file.name for file in args.train], "test": args.test.name}
     notes = Notes(args.work / "notes.json", settings)
@@ -163,7 +165,7 @@ def main() -> None:
     ranked = read_ranking(args.ranking)
 
     def test(one: Any) -> float:
-        return perplexity(one, held_out, args.window, max_windows=args.test_windows).perplexity
+        return first_windows(one, held_out, args)
 
     notes.once("dense", partial(test, model))
     for kind in args.maps:
@@ -177,7 +179,17 @@ def main() -> None:
             sources = notes.once(f"{name} map", make[kind])
             if not heal_one(args, notes, name, sources, model, text, test):
                 return
+            for other in args.also if args.tokens else ():
+                ids = tokenize(tokenizer, read_text(other))
+                for key, one in (("dense", model), (f"{name} healed", args.work / name.replace(" ", "-") / "healed")):
+                    notes.once(f"{key} on {Path(other).stem}", partial(first_windows, one, ids, args))
             write_report(notes, settings, args.suffix)
+
+
+def first_windows(model: Any, ids: Tensor, args: argparse.Namespace) -> float:
+    """The perplexity of a model, or of the one saved in a folder, on the first windows of a text."""
+    model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, Path) else model
+    return perplexity(model, ids, args.window, max_windows=args.test_windows).perplexity
 
 
 def heal_one(
@@ -232,18 +244,18 @@ def write_report(notes: Notes, settings: dict[str, Any], suffix: str) -> None:
     report = Report(f"cla_heal{suffix}", {**settings, "maps": maps, **kept})
     report.row(map="dense", consumers=0, stage="", tokens=0, minutes=None, perplexity=dense, ratio=1.0)
     for name, sources in maps.items():
+        first = {"map": name.split(" ")[0], "consumers": len(consumers(sources))}
         for key, value in notes.found.items():
-            stage, _, tokens = key.removeprefix(name + " ").partition(" ")
-            if key.startswith(name + " ") and stage in ("fit", "layerwise", "distilled") and tokens.isdigit():
-                report.row(
-                    map=name.split(" ")[0],
-                    consumers=len(consumers(sources)),
-                    stage=stage,
-                    tokens=int(tokens),
-                    minutes=notes.found.get(f"{key} minutes"),
-                    perplexity=value,
-                    ratio=value / dense,
-                )
+            step = key.removeprefix(f"{name} ")
+            stage, _, of = step.partition(" ")
+            other = step.removeprefix("healed on ")
+            if step != key and other != step:
+                row = {"stage": step, "tokens": None, "minutes": None, "perplexity": value}
+                report.row(**first, **row, ratio=value / notes.found[f"dense on {other}"])
+            elif step != key and stage in ("fit", "layerwise", "distilled") and of.isdigit():
+                minutes = notes.found.get(f"{key} minutes")
+                row = {"stage": stage, "tokens": int(of), "minutes": minutes, "perplexity": value}
+                report.row(**first, **row, ratio=value / dense)
     report.save()
 
 
