@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the converted model")
     convert.add_argument("--init", choices=("copy", "mean", "fit"), help="default: fit with --text, else copy")
     convert.add_argument("--separate-kv-norm", action="store_true", help="a norm of its own for keys and values")
-    convert.add_argument("--text", metavar="FILE", help="text for the init and for healing, best of the kind that the model will read")
+    convert.add_argument("--text", metavar="FILE", help="for the init and for healing, best of the kind to be read")
     convert.add_argument("--calibration-tokens", type=int, default=8192, help="for the init (default: %(default)s)")
     convert.add_argument(
         "--search-tokens",
