@@ -8,7 +8,7 @@ import torch
 
 
 def own_text(
-    model: Any, tokenizer: Any, windows: int, length: int, work: str, seed: int = 0, batch: int | None = None
+    model: Any, tokenizer: Any, windows: int, length: int, work: str | Path, seed: int = 0, batch: int | None = None
 ) -> torch.Tensor:
     """Token ids ``[windows, length]`` behind the token that separated documents in training.
 
@@ -19,7 +19,7 @@ def own_text(
     return torch.cat([_kept(model, tokenizer, batch, length, work, each) for each in seeds])[:windows]
 
 
-def _kept(model: Any, tokenizer: Any, windows: int, length: int, work: str, seed: int) -> torch.Tensor:
+def _kept(model: Any, tokenizer: Any, windows: int, length: int, work: str | Path, seed: int) -> torch.Tensor:
     from hf_ext.quant.calibration import sampled_windows
 
     kept = Path(work, f"own-{windows}x{length}-{seed}.pt")

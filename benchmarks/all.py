@@ -87,7 +87,7 @@ def main() -> int:
     """Run them all; a failure is told at the end and stops nothing else."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/work"))
+    parser.add_argument("--work", type=Path, default=Path("out/benchmarks"))
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--list", action="store_true", help="print the commands and run none")
     options = parser.parse_args()

@@ -13,11 +13,11 @@ import re
 import time
 from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from _notes import Notes
+from _own_text import own_text
 from _run import RESULTS, Report
 from _texts import read_text
 from cla_conversion import even_map
@@ -30,7 +30,6 @@ from hf_ext.default_model import load_model
 from hf_ext.evaluation import perplexity, tokenize
 from hf_ext.patches.cla_convert import convert_to_cla
 from hf_ext.patches.cla_search import search_map
-from hf_ext.quant.calibration import sampled_windows
 from hf_ext.trainers.cla_heal import heal
 from hf_ext.trainers.cla_layerwise import heal_layerwise
 
@@ -82,7 +81,7 @@ def training_text(tokenizer: Any, args: argparse.Namespace) -> Tensor:
 def source(name: Path, tokenizer: Any, args: argparse.Namespace) -> str:
     """A text to train on: a file without its front matter, or ``pydoc``; of the test's own file, later articles."""
     if str(name) == "pydoc":
-        return "\n\n".join(topics.values())
+        return read_text("pydoc")
     text = name.read_text(encoding="utf-8")
     if name != args.test:
         return text[2000:]
@@ -90,20 +89,14 @@ def source(name: Path, tokenizer: Any, args: argparse.Namespace) -> str:
     return text[ARTICLE.search(text, ends[args.window * args.test_windows][1]).start() :]
 
 
-def distilled_text(text: Tensor, model: Any, args: argparse.Namespace, notes: Notes) -> Tensor:
-    """Rows of ``args.length`` tokens, the text's and the dense model's own, drawn once and kept: `[rows · length]`.
-
-    The draw starts from token 0, which separated documents in the pretraining of the default model.
-    """
+def distilled_text(text: Tensor, model: Any, tokenizer: Any, args: argparse.Namespace, notes: Notes) -> Tensor:
+    """Rows of ``args.length`` tokens, the text's and the dense model's own, drawn once and kept: `[rows · length]`."""
     rows = [text[: len(text) // args.length * args.length].view(-1, args.length)]
     for seed in args.sampled_seeds:
-        file = args.work / f"sampled-{seed}.pt"
-        if not file.exists():
-            start = time.process_time()
-            own = sampled_windows(model, args.sampled_rows, args.length, 0, seed)
-            torch.save(own, file)
-            notes.write(f"sampled {seed} minutes", round((time.process_time() - start) / 60, 2))
-        rows.append(torch.load(file, weights_only=True))
+        start = time.process_time()
+        rows.append(own_text(model, tokenizer, args.sampled_rows, args.length, args.work, seed))
+        minutes = round((time.process_time() - start) / 60, 2)
+        notes.once(f"sampled {seed} minutes", lambda minutes=minutes: minutes)
     return torch.cat(rows).flatten()
 
 
@@ -177,7 +170,7 @@ def main() -> None:
                 "even": lambda count=count: even_map(layers, count),
             }
             sources = notes.once(f"{name} map", make[kind])
-            if not heal_one(args, notes, name, sources, model, text, test):
+            if not heal_one(args, notes, name, sources, model, tokenizer, text, test):
                 return
             for other in args.also if args.tokens else ():
                 ids = tokenize(tokenizer, read_text(other))
@@ -193,7 +186,14 @@ def first_windows(model: Any, ids: Tensor, args: argparse.Namespace) -> float:
 
 
 def heal_one(
-    args: argparse.Namespace, notes: Notes, name: str, sources: list[int], model: Any, text: Tensor, test: Any
+    args: argparse.Namespace,
+    notes: Notes,
+    name: str,
+    sources: list[int],
+    model: Any,
+    tokenizer: Any,
+    text: Tensor,
+    test: Any,
 ) -> bool:
     """Fit, heal layer by layer and distil one map, measuring after each; whether it is done."""
     folder = args.work / name.replace(" ", "-")
@@ -213,7 +213,7 @@ def heal_one(
     heal(
         student,
         model,
-        distilled_text(text, model, args, notes),
+        distilled_text(text, model, tokenizer, args, notes),
         folder,
         tokens=args.tokens,
         length=args.length,

@@ -41,7 +41,7 @@ class _DistillationKL(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(student) if wanted else student.new_empty(0)
         chunk = max(1, CHUNK.get(student.device.type, OTHER_CHUNK) // student.shape[-1])
-        total = torch.zeros((), device=student.device)
+        total, count = torch.zeros((), device=student.device), counted.sum()
         for rows in counted.nonzero().split(chunk):
             at = tuple(rows.unbind(1))
             log_q = torch.log_softmax(student[at].float() / temperature, dim=-1)
@@ -49,9 +49,9 @@ class _DistillationKL(torch.autograd.Function):
             p = log_p.exp()
             total += (p * log_p.sub_(log_q)).sum()
             if wanted:
-                gradient[at] = (log_q.exp_().sub_(p) * (temperature / counted.sum())).to(gradient.dtype)
+                gradient[at] = (log_q.exp_().sub_(p) * (temperature / count)).to(gradient.dtype)
         ctx.save_for_backward(gradient)
-        return total * temperature**2 / counted.sum()
+        return total * temperature**2 / count
 
     @staticmethod
     @once_differentiable

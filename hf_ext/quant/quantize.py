@@ -172,10 +172,7 @@ def _own_windows(model: Any, config: ReALLMConfig, progress: Progress) -> Tensor
         return load_file(kept)["ids"]
     ids = sampled_windows(model, config.own_windows, config.window_length, config.own_start, config.seed)
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_suffix(".new")
-        save_file({"ids": ids}, unfinished)
-        unfinished.replace(kept)
+        _write(kept, {"ids": ids})
     return ids
 
 
@@ -270,11 +267,16 @@ def _put(model: Any, name: str, solution: Solution, progress: Progress) -> None:
 
 
 def _keep(file: Path, solution: Solution) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".new")
     tensors = {name: part.contiguous() for name, part in solution.parts.items()}
     shape = {"shape": json.dumps(solution.shape.to_dict())}
-    save_file({**tensors, "error": torch.tensor(solution.error)}, unfinished, shape)
+    _write(file, {**tensors, "error": torch.tensor(solution.error)}, shape)
+
+
+def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Keep tensors; nobody sees half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".new")
+    save_file(tensors, unfinished, metadata)
     unfinished.replace(file)
 
 

@@ -46,7 +46,9 @@ def trainable_parts(
             mine = _parts_of(layer, kinds)
             if mine:
                 stack.enter_context(_in_force(layer, mine))
-                found |= {f"{name}.{part}": Trainable(value, _size(part)) for part, value in mine.items()}
+                found |= {
+                    f"{name}.{part}": Trainable(value, 1.0 if part == "gain" else None) for part, value in mine.items()
+                }
         for name, norm in norms(model).items() if "norms" in kinds else ():
             weight = nn.Parameter(norm.get_parameter("weight").detach().float().clone())
             size = _norm_size(norm)
@@ -72,10 +74,6 @@ def _parts_of(layer: ReALLMLinear, kinds: tuple[str, ...]) -> dict[str, nn.Param
     if "scales" in kinds:
         parts["gain"] = nn.Parameter(torch.ones(layer.out_features, device=layer.get_buffer("qweight").device))
     return parts
-
-
-def _size(part: str) -> float | None:
-    return 1.0 if part == "gain" else None
 
 
 @torch.no_grad()
