@@ -5,11 +5,13 @@ shifts count two bytes each where a library lets the user choose their type (HQQ
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import _peers  # noqa: F401  (first of all: it extends the path)
 import torch
 
+OUTLIERS = 2600  # one of so many weights of the default model is kept apart
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -51,12 +53,14 @@ def random_reallm(config: Any, out_features: int, in_features: int, bias: Any = 
     from hf_ext import ReALLMLinear
     from hf_ext.quant.container import empty_parts
 
-    shape = config.shape_for(out_features, in_features)
+    shape = replace(config.shape_for(out_features, in_features), outliers=out_features * in_features // OUTLIERS)
     parts = empty_parts(shape, out_features, in_features, "cpu")
     for part in parts.values():
         part.normal_(0, 0.05) if part.is_floating_point() else part.random_()
     if "perm" in parts:
         parts["perm"] = torch.randperm(in_features).to(parts["perm"].dtype)
+    parts["sparse_rows"].random_(out_features)
+    parts["sparse_columns"].random_(in_features)
     return ReALLMLinear.from_parts(parts, shape, in_features, bias)
 
 

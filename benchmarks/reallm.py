@@ -57,6 +57,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "reallm-3 data-free": {"bits": 3, "rank": 4},
     # what each ingredient buys, at 3 bits and one shape
     "3 bits: no low rank": {"bits": 3, "rank": 0, "calibrated": True},
+    "3 bits: outliers among the codes": {"bits": 3, "rank": 4, "outliers": 0, "calibrated": True},
     "3 bits: no feedback": {"bits": 3, "rank": 4, "feedback": False, "calibrated": True},
     "3 bits: no weighting": {"bits": 3, "rank": 4, "weighting": False, "calibrated": True},
     "3 bits: no permutation": {"bits": 3, "rank": 4, "permute": False, "calibrated": True},
@@ -129,7 +130,8 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from hf_ext.default_model import resolve_model
 
     before = time.perf_counter()
-    interrupted = _layers(_place(method, arguments)).exists()
+    place = _place(method, arguments)
+    begun = place.exists() or _layers(place).exists()  # then the time and memory of the whole are not known
     model, linear, whole_file = _load(method, arguments)
     seconds = time.perf_counter() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -139,8 +141,8 @@ def measure(method: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "bits_linear": round(linear, 3),
         "bits_file": None if whole_file is None else round(whole_file, 3),
         **_perplexities(model, tokenizer, arguments),
-        "load_and_quantise_s": None if interrupted else round(seconds, 1),
-        "peak_mib": round(peak),
+        "load_and_quantise_s": None if begun else round(seconds, 1),
+        "peak_mib": None if begun else round(peak),
         "threads": torch.get_num_threads(),
     }
 
@@ -160,10 +162,23 @@ def _load(method: str, arguments: argparse.Namespace) -> tuple[Any, float, float
 
 
 def _reallm(options: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> tuple[Any, float, float]:
-    from hf_ext import ReALLMConfig
-    from hf_ext.default_model import load_model
+    """The model in ``folder``, quantised and saved there first if there is none."""
+    from transformers import AutoModelForCausalLM
+
     from hf_ext.quant.integrity import bits_on_disk
     from hf_ext.quant.linear import set_decode_mode
+
+    if not folder.exists():
+        _quantize(options, arguments, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    bits = bits_on_disk(folder)
+    set_decode_mode(model, "once")
+    return model, bits["linear"], bits["whole_file"]
+
+
+def _quantize(options: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> None:
+    from hf_ext import ReALLMConfig
+    from hf_ext.default_model import load_model
     from hf_ext.quant.quantize import Progress
     from hf_ext.quant.quantizer import quantize_in_place
 
@@ -173,10 +188,9 @@ def _reallm(options: dict[str, Any], arguments: argparse.Namespace, folder: Path
         options |= {"calibration": ids, "windows": len(ids), "window_length": ids.shape[1]}
     config = ReALLMConfig(**options)
     quantize_in_place(model, config, Progress(folder=_layers(folder), show=sys.stderr.isatty()))
-    model.save_pretrained(folder)
-    bits = bits_on_disk(folder)
-    set_decode_mode(model, "once")
-    return model, bits["linear"], bits["whole_file"]
+    unfinished = folder.with_name(folder.name + ".new")
+    model.save_pretrained(unfinished)
+    unfinished.replace(folder)
 
 
 def _calibration(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> torch.Tensor:

@@ -10,17 +10,18 @@ stopped. Text trained on must not be related to the text measured.
 """
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from _notes import Notes
 from _own_text import own_text
 from _run import Report
 from _texts import read_text
@@ -38,111 +39,102 @@ def main() -> None:
     parser.add_argument("--text", required=True, nargs="+", help="texts to measure on")
     parser.add_argument("--kinds", nargs="+", default=["low_rank", "scales", "norms"], help="what trains")
     parser.add_argument("--steps", type=int, default=120, help="steps of one window of 512 tokens")
-    parser.add_argument("--own-seed", type=int, default=11, help="of the model's own writing, 64 windows a seed")
+    parser.add_argument("--own-windows", type=int, help="of the model's own writing (default: half of the steps)")
+    parser.add_argument("--own-seed", type=int, default=11, help="of that writing, 64 windows a seed")
     parser.add_argument("--lr", type=float, default=5e-4, help="of low-rank factors")
     parser.add_argument("--relative-lr", type=float, default=1e-3, help="of scales and norms, in parts of their size")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4, help="windows of the first text")
     parser.add_argument("--other-windows", type=int, default=1, help="windows of each other text")
     parser.add_argument("--work", default="out/reallm-heal", help="where states, models and rows are kept")
+    parser.add_argument("--report", default="reallm_heal", help="name of the result files")
     arguments = parser.parse_args()
-    from transformers import AutoModelForCausalLM
-
     from hf_ext.default_model import load_model
 
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("work", "base", "steps")}
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("work", "base", "report")}
     settings |= {"train": Path(arguments.train).name, "text": [Path(text).stem for text in arguments.text]}
-    report = Report("reallm_heal", settings)
-    teacher, tokenizer = load_model(arguments.model)
     work = Path(arguments.work)
-    report.row(**_kept(work / "float32.json", lambda: _row("float32", None, teacher, tokenizer, arguments)))
+    notes = Notes(work / "notes.json", settings)
+    report = Report(arguments.report, settings)
+    teacher, tokenizer = load_model(arguments.model)
+    report.row(**notes.once("float32", partial(_row, "float32", teacher, tokenizer, arguments)))
     for base in arguments.base:
         name, healed = Path(base).name, work / f"{Path(base).name}-healed"
-        found = _kept(work / f"{name}.json", lambda base=base: _measured(base, tokenizer, arguments))  # type: ignore[misc]
-        report.row(**found)
-        if not healed.exists():
-            model = AutoModelForCausalLM.from_pretrained(base)
-            told = _heal(model, teacher, tokenizer, work / f"{name}-state", arguments)
-            unfinished = healed.with_suffix(".new")
-            model.save_pretrained(unfinished)
-            (unfinished / "told.json").write_text(json.dumps(told), encoding="utf-8")
-            unfinished.replace(healed)
-        told = json.loads((healed / "told.json").read_text(encoding="utf-8"))
-        found = _kept(healed / "row.json", lambda at=healed: _measured(at, tokenizer, arguments))  # type: ignore[misc]
-        report.row(**found, **told)
+        report.row(**notes.once(name, partial(_measured, base, tokenizer, arguments)))
+        training = notes.once(f"{name} training", partial(_heal, base, teacher, tokenizer, healed, notes, arguments))
+        report.row(**notes.once(healed.name, partial(_measured, healed, tokenizer, arguments)), **training)
         report.save()
 
 
-def _heal(model: Any, teacher: Any, tokenizer: Any, state: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train ``model``; what it took."""
-    from hf_ext.quant.calibration import calibration_windows, in_turn
+def _heal(
+    base: str, teacher: Any, tokenizer: Any, healed: Path, notes: Notes, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Train the model in ``base``, save it in ``healed``; what it took."""
+    from transformers import AutoModelForCausalLM
+
     from hf_ext.quant.distill import DistillOptions, distill
 
-    steps = arguments.steps
-    source = (LENGTH, arguments.work, arguments.own_seed, BATCH)
-    own = own_text(teacher, tokenizer, steps // 2, *source)
-    windows = in_turn(calibration_windows(arguments.train, tokenizer, steps - steps // 2, LENGTH), own)
+    windows = _windows(teacher, tokenizer, arguments)
     options = DistillOptions(
         train=tuple(arguments.kinds),
         block_epochs=0,
-        steps=steps,
+        steps=arguments.steps,
         lr=arguments.lr,
         relative_lr=arguments.relative_lr,
         windows=len(windows),
         window_length=LENGTH,
         save_every=10,
     )
-    with _timed(state / "seconds.json"):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with _timed(notes, f"{healed.name} minutes"):
+        state = healed.with_name(f"{Path(base).name}-state")
         losses = distill(model, teacher, windows, None, options, state, sys.stderr.isatty())
+    model.save_pretrained(healed)
     return {
-        "tokens": len(losses) * LENGTH,
-        "cpu_minutes": round(json.loads((state / "seconds.json").read_text(encoding="utf-8")) / 60, 1),
+        "steps": len(losses),
+        "windows": len(windows),
+        "cpu_minutes": round(notes.found[f"{healed.name} minutes"], 1),
         "loss_first": round(sum(losses[:20]) / len(losses[:20]), 4),
         "loss_last": round(sum(losses[-20:]) / len(losses[-20:]), 4),
     }
 
 
+def _windows(teacher: Any, tokenizer: Any, arguments: argparse.Namespace) -> torch.Tensor:
+    """Text to train on and the model's own in turn; with fewer windows than steps, all come round again."""
+    from hf_ext.quant.calibration import calibration_windows, in_turn
+
+    count = arguments.steps // 2 if arguments.own_windows is None else arguments.own_windows
+    own = own_text(teacher, tokenizer, count, LENGTH, arguments.work, arguments.own_seed, BATCH)
+    return in_turn(calibration_windows(arguments.train, tokenizer, count, LENGTH), own)
+
+
 @contextmanager
-def _timed(file: Path) -> Iterator[None]:
-    """Add the CPU time within to what earlier, interrupted runs took."""
+def _timed(notes: Notes, name: str) -> Iterator[None]:
+    """Add the CPU time within, in minutes, to what earlier, interrupted runs took."""
     begin = time.process_time()
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else 0
     try:
         yield
     finally:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(before + time.process_time() - begin), encoding="utf-8")
-
-
-def _kept(file: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if not file.exists():
-        row = measure()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(row), encoding="utf-8")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+        notes.write(name, notes.found.get(name, 0.0) + (time.process_time() - begin) / 60)
 
 
 def _measured(folder: str | Path, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
+    from hf_ext.quant.integrity import bits_on_disk
     from hf_ext.quant.linear import set_decode_mode
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     set_decode_mode(model, "once")
-    return _row(Path(folder).name, folder, model, tokenizer, arguments)
+    return _row(Path(folder).name, model, tokenizer, arguments, bits_on_disk(folder)["linear"])
 
 
 @torch.no_grad()
-def _row(
-    name: str, folder: str | Path | None, model: Any, tokenizer: Any, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Bits from the bytes on disk, and perplexities."""
+def _row(name: str, model: Any, tokenizer: Any, arguments: argparse.Namespace, bits: float = 32.0) -> dict[str, Any]:
+    """Bits a weight, and perplexities."""
     from hf_ext.evaluation import perplexity, tokenize
-    from hf_ext.quant.integrity import bits_on_disk
 
-    found: dict[str, Any] = {"model": name}
-    found["bits_linear"] = 32.0 if folder is None else round(bits_on_disk(folder)["linear"], 3)
+    found: dict[str, Any] = {"model": name, "bits_linear": round(bits, 3)}
     for text in arguments.text:
         ids, first = tokenize(tokenizer, read_text(text)), text == arguments.text[0]
         count = arguments.windows if first else arguments.other_windows

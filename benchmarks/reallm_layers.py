@@ -38,6 +38,7 @@ def _ways(bits: int, trellis: dict[str, Any], vectors: dict[str, Any]) -> dict[s
         f"GPTQ {bits}": ({**ROUNDING, "code_bits": bits}, {}, inputs),
         f"trellis {bits}": (trellis, {}, told),
         f"trellis {bits}, states of 10 bits": ({**trellis, "state_bits": 10}, {}, told),
+        f"trellis {bits}, outliers among the codes": (trellis, {"outliers": 0}, told),
         f"trellis {bits}, all rows alike": (trellis, {}, inputs),
         f"trellis {bits}, all columns alike": (trellis, {"weighting": False}, told),
         f"trellis {bits}, no feedback": (trellis, {"feedback": False}, told),

@@ -17,7 +17,7 @@ from hf_ext.kernels.pack import unpack
 
 @dataclass(frozen=True)
 class CodebookWeight:
-    """The stored form of a weight ``[out, in]`` and the low-rank term added to it.
+    """The stored form of a weight ``[out, in]`` and the low-rank and sparse terms added to it.
 
     Attributes:
         qweight: packed codes, uint8 ``[out, ceil(ceil(in / d) * code_bits / 8)]``.
@@ -31,6 +31,8 @@ class CodebookWeight:
         lr_a: ``[r, in]``, float or int8, or None without a low-rank term.
         lr_b: ``[out, r]``; the term is ``lr_b @ lr_a``.
         lr_scale: ``[r]`` float32, between the two where they are int8, else None.
+        sparse_rows, sparse_columns: integers ``[n]``, where single weights are added, or None without any.
+        sparse_values: these weights, float16 ``[n]``.
     """
 
     qweight: Tensor
@@ -44,10 +46,13 @@ class CodebookWeight:
     lr_a: Tensor | None = None
     lr_b: Tensor | None = None
     lr_scale: Tensor | None = None
+    sparse_rows: Tensor | None = None
+    sparse_columns: Tensor | None = None
+    sparse_values: Tensor | None = None
 
 
 def decode_reference(weight: CodebookWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight ``[out, in]`` without its low-rank term."""
+    """The dense weight ``[out, in]`` of the codes alone."""
     size = weight.table.shape[1]
     codes = unpack(weight.qweight, weight.code_bits, -(-weight.in_features // size))
     values = weight.table.float()[codes.long()].flatten(1)[:, : weight.in_features]
@@ -62,7 +67,7 @@ def decode(weight: CodebookWeight, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def codebook_linear(x: Tensor, weight: CodebookWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
+    """``x @ (Q + lr_b @ lr_a + S).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
     return decoded_linear(x, weight, bias, gemv_compiled, _multiply, decode)
 
 

@@ -136,8 +136,10 @@ struct Weight {
     const void *lr_a;        // [rank, in] or null
     const void *lr_b;        // [out, rank]
     const float *lr_scale;   // [rank] or null; int8 factors have one
-    int64_t out, in, row_bytes, group, groups, rank;
-    int32_t bits, size, width, scale_type, perm_bytes, lr_type;
+    const void *sparse_rows, *sparse_columns;  // [sparse], where single weights are added
+    const uint16_t *sparse_values;  // [sparse], float16
+    int64_t out, in, row_bytes, group, groups, rank, sparse;
+    int32_t bits, size, width, scale_type, perm_bytes, lr_type, place_bytes;
 };
 
 float dot_any(const Weight *w, const uint8_t *codes, int64_t n, const float *x) {
@@ -151,7 +153,7 @@ float dot_any(const Weight *w, const uint8_t *codes, int64_t n, const float *x) 
 
 int64_t column_of(const Weight *w, int64_t k) {
     if (!w->perm) return k;
-    return w->perm_bytes == 2 ? static_cast<const int16_t *>(w->perm)[k] : static_cast<const int32_t *>(w->perm)[k];
+    return read_index(w->perm, k, w->perm_bytes);
 }
 
 // inputs [codes in a row, width] in the order of the codes; what is beyond a codeword or the row stays zero
@@ -198,16 +200,17 @@ void look_up_any(const Weight *w, const uint8_t *codes, int64_t n, float *to) {
 
 extern "C" {
 
-// y [rows, out] = x [rows, in] times the weight, low-rank term included
+// y [rows, out] = x [rows, in] times the weight, all terms included
 void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, int32_t threads) {
     const int64_t codes_in_row = (w->in + w->size - 1) / w->size, group_codes = w->group / w->size;
     const int64_t laid = codes_in_row * w->width;
     std::vector<float> inputs(rows * laid, 0.0f), sums(rows * w->groups, 0.0f), low(rows * w->rank);
-    std::vector<float> line(w->in), result(rows * w->out);
+    std::vector<float> line(w->in), result(rows * w->out, 0.0f);
     for (int64_t r = 0; r < rows; r++) {
         read_row(x, r * w->in, line.data(), w->in, type);
         lay_out(w, line.data(), inputs.data() + r * laid);
         to_low(w, line.data(), low.data() + r * w->rank);
+        add_sparse(w, line.data(), &result[r * w->out]);
         for (int64_t k = 0; w->zeros && k < w->in; k++) sums[r * w->groups + k / w->group] += line[column_of(w, k)];
     }
 #pragma omp parallel num_threads(threads)
@@ -219,7 +222,7 @@ void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, i
             unpack_row(w->packed + o * w->row_bytes, w->row_bytes, w->bits, codes_in_row, codes.data());
             read_row(w->lr_b, o * w->rank, factor.data(), w->rank, w->lr_type);
             for (int64_t r = 0; r < rows; r++) {
-                float total = 0;
+                float total = result[r * w->out + o];
                 for (int64_t g = 0; g < w->groups; g++) {
                     int64_t first = g * group_codes;
                     int64_t n = w->groups == 1 || codes_in_row - first < group_codes ? codes_in_row - first : group_codes;
@@ -234,7 +237,7 @@ void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, i
     write_row(y, 0, result.data(), rows * w->out, type);
 }
 
-// dense [out, in] without the low-rank term
+// dense [out, in] of the codes alone
 void decode(const Weight *w, void *dense, int32_t type, int32_t threads) {
     const int64_t codes_in_row = (w->in + w->size - 1) / w->size;
 #pragma omp parallel num_threads(threads)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hf_ext.kernels.native import load_native
-from hf_ext.kernels.native_weight import FACTOR_TYPES, TYPES, NativeWeight, native_factors
+from hf_ext.kernels.native_weight import FACTOR_TYPES, SPARSE, TYPES, NativeWeight, native_factors
 
 if TYPE_CHECKING:
     from hf_ext.kernels.codebook import CodebookWeight
 
 
-_POINTERS = ("packed", "table", "scales", "zeros", "perm", "lr_a", "lr_b", "lr_scale")
+_POINTERS = ("packed", "table", "scales", "zeros", "perm", "lr_a", "lr_b", "lr_scale", *SPARSE)
 
 
 class _Weight(NativeWeight):
@@ -25,13 +25,16 @@ class _Weight(NativeWeight):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in ("out", "inputs", "row_bytes", "group", "groups", "rank")),
-        *((name, ctypes.c_int32) for name in ("bits", "size", "width", "scale_type", "perm_bytes", "lr_type")),
+        *((name, ctypes.c_int64) for name in ("out", "inputs", "row_bytes", "group", "groups", "rank", "sparse")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("bits", "size", "width", "scale_type", "perm_bytes", "lr_type", "place_bytes")
+        ),
     )
 
 
 def decode_compiled(weight: "CodebookWeight", dtype: torch.dtype) -> Tensor | None:
-    """The dense weight ``[out, in]`` without its low-rank term; None where this path cannot."""
+    """The dense weight ``[out, in]`` of the codes alone; None where this path cannot."""
     library = _library()
     if library is None or dtype not in TYPES or not _on_cpu(weight):
         return None
@@ -41,7 +44,7 @@ def decode_compiled(weight: "CodebookWeight", dtype: torch.dtype) -> Tensor | No
 
 
 def gemv_compiled(x: Tensor, weight: "CodebookWeight") -> Tensor | None:
-    """``x`` ``[..., in]`` times the whole weight, low-rank term included; None where this path cannot."""
+    """``x`` ``[..., in]`` times the whole weight, all terms included; None where this path cannot."""
     library = _library()
     if library is None or x.dtype not in TYPES or x.device.type != "cpu" or not _on_cpu(weight):
         return None
@@ -63,7 +66,8 @@ def prepare(weight: "CodebookWeight") -> Any:
     rows = max(0, 16 - len(weight.table)) if width == 1 else 0  # two registers are read whole
     table = torch.nn.functional.pad(weight.table.float(), (0, width - size, 0, rows)).contiguous()
     factors = native_factors(weight.lr_a, weight.lr_b)
-    held = [weight.qweight, table, weight.scales, weight.zeros, weight.perm, *factors, weight.lr_scale]
+    sparse = [getattr(weight, name) for name in SPARSE]
+    held = [weight.qweight, table, weight.scales, weight.zeros, weight.perm, *factors, weight.lr_scale, *sparse]
     reference = _Weight.pointing_to(
         held,
         len(weight.qweight),
@@ -72,12 +76,14 @@ def prepare(weight: "CodebookWeight") -> Any:
         weight.group,
         weight.scales.shape[1],
         0 if weight.lr_a is None else len(weight.lr_a),
+        0 if weight.sparse_rows is None else len(weight.sparse_rows),
         weight.code_bits,
         size,
         width,
         TYPES[weight.scales.dtype],
         0 if weight.perm is None else weight.perm.element_size(),
         0 if factors[0] is None else FACTOR_TYPES[factors[0].dtype],
+        0 if weight.sparse_rows is None else weight.sparse_rows.element_size(),
     )
     vars(weight)["_prepared"] = reference
     return reference

@@ -1,4 +1,4 @@
-"""What linear layers in any code share: when to multiply straight from the codes, the gradient, the low-rank term."""
+"""What linear layers in any code share: when to multiply straight from the codes, the gradient, what is added."""
 
 from collections.abc import Callable
 from functools import cache
@@ -21,15 +21,16 @@ def decoded_linear(
     multiply: Multiply,
     decode: Decode,
 ) -> Tensor:
-    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, without keeping ``Q`` dense.
+    """``x @ (Q + lr_b @ lr_a + S).T + bias`` for ``x`` ``[..., in]``, without keeping ``Q`` dense.
 
     The gradient with respect to ``x`` decodes again; the stored weight gets none. Results come in the type of ``x``.
 
     Args:
         x: the inputs.
-        weight: the stored weight, with ``lr_a``, ``lr_b`` and ``lr_scale`` or None in their place.
+        weight: the stored weight, with ``lr_a``, ``lr_b`` and ``lr_scale``, and of S ``sparse_rows``,
+            ``sparse_columns`` and ``sparse_values``, or None in their place.
         bias: ``[out]``, or None.
-        gemv: the whole product of a few rows, low-rank term included, or None where it cannot.
+        gemv: the whole product of a few rows, all terms included, or None where it cannot.
         multiply: ``x @ Q.T`` for any number of rows.
         decode: ``Q`` in a type.
     """
@@ -39,6 +40,7 @@ def decoded_linear(
         y = _DecodedProduct.apply(x, weight, multiply, decode) if differentiable else multiply(x, weight)
         if weight.lr_a is not None and weight.lr_b is not None:
             y = y + low_rank_product(x, weight.lr_a, weight.lr_b, weight.lr_scale)
+        y = add_sparse_product(y, x, weight)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -48,6 +50,14 @@ def low_rank_product(x: Tensor, lr_a: Tensor, lr_b: Tensor, lr_scale: Tensor | N
     dtype = product_dtype(x.dtype, x.device.type)
     low = torch.nn.functional.linear(x.to(dtype), lr_a.to(dtype))
     return torch.nn.functional.linear(low, lr_b.to(dtype)).to(x.dtype)
+
+
+def add_sparse_product(y: Tensor, x: Tensor, weight: Any) -> Tensor:
+    """``y + x @ S.T``, where S holds the single weights of a stored weight; ``y`` itself where there are none."""
+    if weight.sparse_values is None:
+        return y
+    each = x.index_select(-1, weight.sparse_columns.to(torch.int32)) * weight.sparse_values.to(x.dtype)
+    return y.index_add(-1, weight.sparse_rows.to(torch.int32), each)
 
 
 def float_factors(lr_a: Tensor, lr_b: Tensor, lr_scale: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FACTOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.int8: 3}
 
+SPARSE = ("sparse_rows", "sparse_columns", "sparse_values")
+
 
 class NativeWeight(ctypes.Structure):
     """A structure of pointers first and numbers after them, and the tensors it points into."""

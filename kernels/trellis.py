@@ -31,7 +31,7 @@ STEPS = (1801 / 4096, 1083 / 4096, 523 / 4096, 301 / 4096, 1663 / 4096, 619 / 40
 
 @dataclass(frozen=True)
 class TrellisWeight:
-    """The stored form of a weight ``[out, in]`` and the low-rank term added to it.
+    """The stored form of a weight ``[out, in]`` and the low-rank and sparse terms added to it.
 
     Attributes:
         qweight: uint8, the bytes of all columns one after another, ``ceil(out * width / 8)`` for each.
@@ -42,6 +42,8 @@ class TrellisWeight:
         lr_a: ``[r, in]``, float or int8, or None without a low-rank term.
         lr_b: ``[out, r]``; the term is ``lr_b @ lr_a``.
         lr_scale: ``[r]`` float32, between the two where they are int8, else None.
+        sparse_rows, sparse_columns: integers ``[n]``, where single weights are added, or None without any.
+        sparse_values: these weights, float16 ``[n]``.
     """
 
     qweight: Tensor
@@ -52,6 +54,9 @@ class TrellisWeight:
     lr_a: Tensor | None = None
     lr_b: Tensor | None = None
     lr_scale: Tensor | None = None
+    sparse_rows: Tensor | None = None
+    sparse_columns: Tensor | None = None
+    sparse_values: Tensor | None = None
 
 
 @lru_cache
@@ -86,7 +91,7 @@ def states_of(codes: Tensor, width: int, state_bits: int) -> Tensor:
 
 
 def decode_reference(weight: TrellisWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight ``[out, in]`` without its low-rank term."""
+    """The dense weight ``[out, in]`` of the codes alone."""
     return to_columns(_decode_columns(weight).t(), weight.perm).to(dtype)
 
 
@@ -97,7 +102,7 @@ def decode(weight: TrellisWeight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def column_slices(weight: TrellisWeight, count: int) -> list[tuple[Tensor, TrellisWeight]]:
-    """The weight without its low-rank term, ``count`` columns of the stream at a time, and which columns these are."""
+    """The codes alone, ``count`` columns of the stream at a time, and which columns these are."""
     out, columns = len(weight.scales), len(weight.widths)
     sizes = torch.tensor([0] + [column_bytes(out, width) for width in weight.widths.tolist()]).cumsum(0).tolist()
     perm = torch.arange(columns, device=weight.qweight.device) if weight.perm is None else weight.perm
@@ -111,7 +116,7 @@ def column_slices(weight: TrellisWeight, count: int) -> list[tuple[Tensor, Trell
 
 
 def trellis_linear(x: Tensor, weight: TrellisWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
+    """``x @ (Q + lr_b @ lr_a + S).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
     return decoded_linear(x, weight, bias, _gemv, _multiply, decode)
 
 

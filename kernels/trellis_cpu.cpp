@@ -165,23 +165,26 @@ struct Weight {
     const void *lr_a;       // [rank, in] or null
     const void *lr_b;       // [out, rank]
     const float *lr_scale;  // [rank] or null; int8 factors have one
-    int64_t bytes, out, in, rank;
-    int32_t state_bits, scale_type, perm_bytes, lr_type;
+    const void *sparse_rows, *sparse_columns;  // [sparse], where single weights are added
+    const uint16_t *sparse_values;  // [sparse], float16
+    int64_t bytes, out, in, rank, sparse;
+    int32_t state_bits, scale_type, perm_bytes, lr_type, place_bytes;
 };
 
 static int64_t column_of(const Weight *w, int64_t k) {
     if (!w->perm) return k;
-    return w->perm_bytes == 2 ? static_cast<const int16_t *>(w->perm)[k] : static_cast<const int32_t *>(w->perm)[k];
+    return read_index(w->perm, k, w->perm_bytes);
 }
 
 static const float *table_of(const Weight *w, int32_t width) { return w->tables + (int64_t(width - 1) << w->state_bits); }
 
-// y [rows, out] = x [rows, in] times the weight, low-rank term included; at most four rows at a time
+// y [rows, out] = x [rows, in] times the weight, all terms included; at most four rows at a time
 void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, int32_t threads) {
-    std::vector<float> inputs(rows * w->in), line(w->in), low(rows * w->rank);
+    std::vector<float> inputs(rows * w->in), line(w->in), low(rows * w->rank), single(rows * w->out, 0.0f);
     for (int64_t r = 0; r < rows; r++) {
         read_row(x, r * w->in, line.data(), w->in, type);
         for (int64_t k = 0; k < w->in; k++) inputs[r * w->in + k] = line[column_of(w, k)];
+        add_sparse(w, line.data(), &single[r * w->out]);
         for (int64_t i = 0; i < w->rank; i++) {
             float *total = &low[r * w->rank + i];
             if (w->lr_type == F32) project(static_cast<const float *>(w->lr_a) + i * w->in, line.data(), w->in, total);
@@ -213,7 +216,7 @@ void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, i
         for (int64_t o = 8 * begin; o < 8 * end && o < w->out; o++) {
             const float scale = read(w->scales, o, w->scale_type);
             for (int64_t r = 0; r < rows; r++) {
-                float total = result[r * padded + o] * scale;
+                float total = result[r * padded + o] * scale + single[r * w->out + o];
                 for (int64_t i = 0; i < w->rank; i++)
                     total += low[r * w->rank + i] * read(w->lr_b, o * w->rank + i, w->lr_type);
                 write(y, r * w->out + o, total, type);
@@ -222,7 +225,7 @@ void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, i
     }
 }
 
-// dense [in, out], columns in the order of the stream, without the low-rank term
+// dense [in, out], columns in the order of the stream, of the codes alone
 void decode(const Weight *w, void *dense, int32_t type, int32_t threads) {
     std::vector<int64_t> starts(w->in + 1, 0);
     for (int64_t k = 0; k < w->in; k++) starts[k + 1] = starts[k] + column_bytes(w->out, w->widths[k]);

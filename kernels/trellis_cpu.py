@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hf_ext.kernels.native import load_native
-from hf_ext.kernels.native_weight import FACTOR_TYPES, TYPES, NativeWeight, native_factors
+from hf_ext.kernels.native_weight import FACTOR_TYPES, SPARSE, TYPES, NativeWeight, native_factors
 
 if TYPE_CHECKING:
     from hf_ext.kernels.trellis import TrellisWeight
 
-_POINTERS = ("stream", "widths", "tables", "scales", "perm", "lr_a", "lr_b", "lr_scale")
+_POINTERS = ("stream", "widths", "tables", "scales", "perm", "lr_a", "lr_b", "lr_scale", *SPARSE)
 
 
 class _Weight(NativeWeight):
@@ -24,13 +24,13 @@ class _Weight(NativeWeight):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in ("bytes", "out", "inputs", "rank")),
-        *((name, ctypes.c_int32) for name in ("state_bits", "scale_type", "perm_bytes", "lr_type")),
+        *((name, ctypes.c_int64) for name in ("bytes", "out", "inputs", "rank", "sparse")),
+        *((name, ctypes.c_int32) for name in ("state_bits", "scale_type", "perm_bytes", "lr_type", "place_bytes")),
     )
 
 
 def decode_compiled(weight: "TrellisWeight", tables: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The dense weight transposed, ``[in, out]``, without its low-rank term; None where this path cannot."""
+    """The dense weight transposed, ``[in, out]``, of the codes alone; None where this path cannot."""
     library = _library()
     if library is None or dtype not in TYPES or weight.qweight.device.type != "cpu":
         return None
@@ -40,7 +40,7 @@ def decode_compiled(weight: "TrellisWeight", tables: Tensor, dtype: torch.dtype)
 
 
 def gemv_compiled(x: Tensor, weight: "TrellisWeight", tables: Tensor) -> Tensor | None:
-    """``x`` ``[..., in]`` times the whole weight, low-rank term included; None where this path cannot."""
+    """``x`` ``[..., in]`` times the whole weight, all terms included; None where this path cannot."""
     library = _library()
     if library is None or x.dtype not in TYPES or x.device.type != "cpu" or weight.qweight.device.type != "cpu":
         return None
@@ -71,17 +71,20 @@ def prepare(weight: "TrellisWeight", tables: Tensor) -> Any:
     if known is not None:
         return known
     factors = native_factors(weight.lr_a, weight.lr_b)
-    held = [weight.qweight, weight.widths, tables, weight.scales, weight.perm, *factors, weight.lr_scale]
+    sparse = [getattr(weight, name) for name in SPARSE]
+    held = [weight.qweight, weight.widths, tables, weight.scales, weight.perm, *factors, weight.lr_scale, *sparse]
     reference = _Weight.pointing_to(
         held,
         weight.qweight.numel(),
         len(weight.scales),
         len(weight.widths),
         0 if weight.lr_a is None else len(weight.lr_a),
+        0 if weight.sparse_rows is None else len(weight.sparse_rows),
         weight.state_bits,
         TYPES[weight.scales.dtype],
         0 if weight.perm is None else weight.perm.element_size(),
         0 if factors[0] is None else FACTOR_TYPES[factors[0].dtype],
+        0 if weight.sparse_rows is None else weight.sparse_rows.element_size(),
     )
     vars(weight)["_prepared"] = reference
     return reference

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from hf_ext.quant.linear import ReALLMLinear
 
 METHOD = "reallm"
-FORMAT_VERSION = 2
-READABLE = (1, 2)  # format 1 has no trellis
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)  # format 1 has no trellis, format 2 no outliers
 
 # windows of calibration, rounds and k-means iterations of the solver, bits that a value of a trellis depends on
 PRESETS: dict[str, dict[str, int]] = {
@@ -58,7 +58,7 @@ class ReALLMConfig(QuantizationConfigMixin):
         codebook, group_size, affine, decoder_bits, low_rank_bits, scale_bits, permute: see `MatrixShape`.
         state_bits: see `MatrixShape`; None takes the preset's. Each bit more doubles the time of the search.
         decoder: see `MatrixShape`; None takes the trellis where one scale a row and no other codebook is asked for.
-        feedback, weighting, damping, rounds, kmeans_iterations, seed: see `Effort`; None takes the preset's.
+        feedback, weighting, damping, outliers, rounds, kmeans_iterations, seed: see `Effort`; None takes the preset's.
         row_weights: weigh output rows by the squared gradient of the loss, from a backward pass over some of the
             calibration text.
         modules_to_not_convert: names or suffixes of layers to leave alone, beside the output head.
@@ -91,6 +91,7 @@ class ReALLMConfig(QuantizationConfigMixin):
         feedback: bool = True,
         weighting: bool = True,
         damping: float = 0.1,
+        outliers: float | None = None,
         rounds: int | None = None,
         kmeans_iterations: int | None = None,
         seed: int = 0,
@@ -131,6 +132,8 @@ class ReALLMConfig(QuantizationConfigMixin):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}.")
         if not isinstance(self.own_windows, int) or self.own_windows < 0:
             raise ValueError(f"own_windows must be a whole number, at least 0, got {self.own_windows!r}.")
+        if self.outliers is not None and self.outliers != 0 and not self.outliers >= 2:
+            raise ValueError(f"outliers must be 0, at least 2 or None, got {self.outliers!r}.")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be above 0 and at most 1, got {self.damping!r}.")
         if self.budget is not None and not self.calibrated and self.plan is None:
@@ -172,6 +175,7 @@ class ReALLMConfig(QuantizationConfigMixin):
             feedback=self.feedback,
             weighting=self.weighting,
             damping=self.damping,
+            outliers=self.outliers,
             seed=self.seed,
         )
 
@@ -219,7 +223,8 @@ class ReALLMConfig(QuantizationConfigMixin):
         return ReALLMConfig(**self.to_dict(), calibration=self.calibration, tokenizer=self.tokenizer)
 
 
-_CHOSEN = ("vector_size", "code_bits", "rank", "decoder", "state_bits", "rates")  # in `ReALLMConfig.shape_for`
+# in `ReALLMConfig.shape_for`, or by the solver
+_CHOSEN = ("vector_size", "code_bits", "rank", "decoder", "state_bits", "rates", "outliers")
 _SHAPE_OPTIONS = tuple(field.name for field in fields(MatrixShape) if field.name not in _CHOSEN)
 _OPTIONS = tuple(
     name

@@ -1,10 +1,11 @@
 """The stored parts of one matrix, and the dense weight they stand for.
 
-``W = scale * P^-1[ D_phi( C[codes] ) ] + zero + L1 L2^T``: packed codes, codebook, decoder, scales, permutation and
-low-rank term of ReALLM (arXiv 2405.13155). Parts are plain tensors by name, as in the file:
+``W = scale * P^-1[ D_phi( C[codes] ) ] + zero + S + L1 L2^T``: packed codes, codebook, decoder, scales, permutation,
+sparse and low-rank term of ReALLM (arXiv 2405.13155). Parts are plain tensors by name, as in the file:
 
 ``qweight`` uint8, ``codebook`` ``[K, d]``, ``scales`` and ``zeros`` ``[out, groups]``, ``perm`` ``[in]``, ``decoder``
-uint8 with ``decoder_steps``, ``lr_a`` ``[r, in]``, ``lr_b`` ``[out, r]`` and, for int8 factors, ``lr_scale`` ``[r]``.
+uint8 with ``decoder_steps``, ``lr_a`` ``[r, in]``, ``lr_b`` ``[out, r]`` and, for int8 factors, ``lr_scale`` ``[r]``;
+``sparse_rows``, ``sparse_columns`` and ``sparse_values`` ``[n]``, the weights kept apart (`hf_ext.quant.outliers`).
 Of a trellis ``qweight`` is the stream of all columns ``[bytes]``; its tables are computed and not stored.
 """
 
@@ -24,10 +25,12 @@ from hf_ext.quant.decoder import (
     tabulate,
 )
 from hf_ext.quant.low_rank import restore_low_rank
-from hf_ext.quant.shape import MatrixShape, index_bytes
+from hf_ext.quant.outliers import add_outliers, index_type, sparse_parts
+from hf_ext.quant.shape import MatrixShape
 from hf_ext.quant.trellis import column_widths
 
 Parts = dict[str, Tensor]
+TERMS = ("lr_a", "lr_b", "lr_scale", "sparse_rows", "sparse_columns", "sparse_values")
 
 
 def empty_parts(shape: MatrixShape, out_features: int, in_features: int, device: str | torch.device) -> Parts:
@@ -56,18 +59,14 @@ def empty_parts(shape: MatrixShape, out_features: int, in_features: int, device:
         parts["lr_b"] = ((out_features, shape.rank), factor_type)
         if shape.low_rank_bits == 8:
             parts["lr_scale"] = ((shape.rank,), torch.float32)
-    return {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in parts.items()}
+    tensors = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in parts.items()}
+    return tensors | (sparse_parts(shape.outliers, out_features, in_features, device) if shape.outliers else {})
 
 
 def stored_decoder_shapes(shape: MatrixShape) -> list[tuple[int, ...]]:
     """Shapes of the tensors in the stored decoder of a matrix."""
     hidden = POINTWISE_HIDDEN if shape.decoder == "pointwise" else CONTEXT_HIDDEN
     return decoder_shapes(shape.decoder, shape.vector_size, 2**shape.code_bits, hidden)
-
-
-def index_type(in_features: int) -> torch.dtype:
-    """The integer type of a permutation of that many columns."""
-    return torch.int16 if index_bytes(in_features) == 2 else torch.int32
 
 
 def codewords(parts: Parts, shape: MatrixShape) -> Tensor:
@@ -79,10 +78,9 @@ def codewords(parts: Parts, shape: MatrixShape) -> Tensor:
 
 
 def codebook_weight(
-    parts: Parts, shape: MatrixShape, in_features: int, table: Tensor | None = None, low_rank: bool = True
+    parts: Parts, shape: MatrixShape, in_features: int, table: Tensor | None = None, terms: bool = True
 ) -> CodebookWeight:
     """The parts as the kernels take them; ``table`` saves tabulating again."""
-    factors = ("lr_a", "lr_b", "lr_scale") if low_rank else ()
     return CodebookWeight(
         parts["qweight"],
         codewords(parts, shape) if table is None else table,
@@ -92,30 +90,38 @@ def codebook_weight(
         shape.group_size or in_features,
         parts.get("zeros"),
         parts.get("perm"),
-        *(parts.get(name) for name in factors),
+        *_terms(parts, terms),
     )
 
 
-def trellis_weight(parts: Parts, shape: MatrixShape, in_features: int, low_rank: bool = True) -> TrellisWeight:
+def trellis_weight(parts: Parts, shape: MatrixShape, in_features: int, terms: bool = True) -> TrellisWeight:
     """The parts of a trellis as the kernels take them."""
     widths = column_widths(shape.column_rates(in_features)).to(parts["qweight"].device)
-    factors = ("lr_a", "lr_b", "lr_scale") if low_rank else ()
     return TrellisWeight(
         parts["qweight"],
         widths,
         parts["scales"],
         shape.state_bits,
         parts.get("perm"),
-        *(parts.get(name) for name in factors),
+        *_terms(parts, terms),
     )
+
+
+def _terms(parts: Parts, wanted: bool) -> tuple[Tensor | None, ...]:
+    """What is added to the codes' weight, in the order of the kernels."""
+    return tuple(parts.get(name) for name in TERMS) if wanted else ()
 
 
 def dense_quantized(parts: Parts, shape: MatrixShape, in_features: int, dtype: torch.dtype) -> Tensor:
     """The dense weight ``[out, in]`` without the low-rank term."""
+    return add_outliers(_dense_codes(parts, shape, in_features, dtype), parts)
+
+
+def _dense_codes(parts: Parts, shape: MatrixShape, in_features: int, dtype: torch.dtype) -> Tensor:
     if shape.decoder == "trellis":
-        return trellis.decode(trellis_weight(parts, shape, in_features, low_rank=False), dtype)
+        return trellis.decode(trellis_weight(parts, shape, in_features, terms=False), dtype)
     if shape.decoder != "context":
-        return decode(codebook_weight(parts, shape, in_features, low_rank=False), dtype)
+        return decode(codebook_weight(parts, shape, in_features, terms=False), dtype)
     values = context_values(parts, shape, in_features)[:, :in_features]
     values = scale_groups(values, parts["scales"], parts.get("zeros"), shape.group_size or in_features)
     return to_columns(values, parts.get("perm")).to(dtype)

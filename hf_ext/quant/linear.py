@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.kernels.codebook import CodebookWeight, codebook_linear
-from hf_ext.kernels.decoded_linear import low_rank_product
+from hf_ext.kernels.decoded_linear import add_sparse_product, low_rank_product
 from hf_ext.kernels.trellis import TrellisWeight, column_slices, trellis_linear
 from hf_ext.quant.container import Parts, codebook_weight, dense_quantized, empty_parts, trellis_weight
 from hf_ext.quant.low_rank import restore_low_rank, store_low_rank
@@ -100,6 +100,7 @@ class ReALLMLinear(nn.Linear):
         whole = self.kernel()
         if whole.lr_a is not None and whole.lr_b is not None:
             y = y + low_rank_product(x, whole.lr_a, whole.lr_b, whole.lr_scale)
+        y = y if once else add_sparse_product(y, x, whole)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def kernel(self) -> CodebookWeight | TrellisWeight:
@@ -114,12 +115,15 @@ class ReALLMLinear(nn.Linear):
     def scale_rows(self, gain: Tensor) -> None:
         """Multiply every row of the weight, low-rank term aside, by its entry of ``gain`` ``[out]``.
 
-        Scales are rounded to their stored type.
+        Scales and outliers are rounded to their stored type.
         """
         for name in ("scales", "zeros"):
             if name in self.parts:
                 part = self.get_buffer(name)
                 self._buffers[name] = (part.float() * gain.float()[:, None]).to(part.dtype)
+        if "sparse_values" in self.parts:
+            part, rows = self.get_buffer("sparse_values"), self.get_buffer("sparse_rows").long()
+            self._buffers["sparse_values"] = (part.float() * gain.float()[rows]).to(part.dtype)
         self._forget()
 
     def set_low_rank(self, lr_a: Tensor | None, lr_b: Tensor | None, bits: int = 32) -> None:
@@ -164,7 +168,7 @@ class ReALLMLinear(nn.Linear):
         return dense_quantized(self.parts, self.shape, self.in_features, dtype)
 
     def _in_slices(self, x: Tensor) -> Tensor:
-        """``x`` times the weight without its low-rank term, by groups of rows, of a trellis by groups of columns."""
+        """``x`` times the weight of the codes alone, by groups of rows, of a trellis by groups of columns."""
         whole = self.kernel()
         if isinstance(whole, CodebookWeight):
             return torch.cat([codebook_linear(x, part) for part in self._row_slices(whole)], dim=-1)

@@ -34,12 +34,14 @@ class MatrixProfile:
         out_features, in_features: its size.
         energy: ``sum_r F_r scale_r^2``: how much an error of the scaled weight costs, before columns are weighed.
         columns: what an error of each column costs after correction by later ones, descending, ``[in]``.
+        outliers: weights that are kept apart whatever the shape.
     """
 
     out_features: int
     in_features: int
     energy: float
     columns: Tensor
+    outliers: int = 0
 
     def loss(self, shape: MatrixShape) -> float:
         """Predicted loss: the columns that the low-rank term takes over are free, the others cost the distortion."""
@@ -76,6 +78,7 @@ def distortion(vector_size: int, code_bits: int) -> float:
 def candidates(base: MatrixShape, profile: MatrixProfile) -> list[MatrixShape]:
     """The shapes worth considering for a matrix, by bytes: the lower convex hull of predicted loss."""
     most = min(profile.out_features, profile.in_features)
+    base = replace(base, outliers=profile.outliers)
     ranks: tuple[int, ...] = RANKS
     if base.decoder == "trellis":
         kinds = [replace(base, vector_size=size, code_bits=bits) for size, bits in QUARTERS]

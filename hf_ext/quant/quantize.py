@@ -31,9 +31,10 @@ from hf_ext.quant.calibration import (
 from hf_ext.quant.config import ReALLMConfig
 from hf_ext.quant.feedback import curvature
 from hf_ext.quant.linear import ReALLMLinear
+from hf_ext.quant.outliers import split_outliers
 from hf_ext.quant.plan import MatrixProfile, make_plan
 from hf_ext.quant.shape import MatrixShape
-from hf_ext.quant.solve import Solution, solve
+from hf_ext.quant.solve import Solution, outlier_threshold, solve
 
 SURVEY_WINDOWS = 4  # windows from which a plan and the row weights are made
 OWN_TEXT = "own_text.ids"  # beside the kept layers, under another suffix than theirs
@@ -183,13 +184,15 @@ def _profiles(
     path, blocks = find_blocks(model)
     stream = capture_block_inputs(model, blocks, windows)
     profiles: dict[str, MatrixProfile] = {}
+    threshold = outlier_threshold(config.shape_for(2**15, 2**15), config.effort())
     for name, hessian in _hessians(layers, path, blocks, stream):
-        weight = layers[name].weight.detach().float()
+        sparse, weight = split_outliers(layers[name].weight.detach().float(), threshold)
         importance = rows.get(name, torch.ones(len(weight)))
         energy = _energy(importance * weight.square().mean(1), config)
         perm = hessian.diagonal().argsort(descending=True)
         columns = curvature(hessian, config.damping, perm).column_weights.sort(descending=True).values
-        profiles[name] = MatrixProfile(weight.shape[0], weight.shape[1], energy, columns)
+        outliers = len(sparse["sparse_values"]) if sparse else 0
+        profiles[name] = MatrixProfile(weight.shape[0], weight.shape[1], energy, columns, outliers)
     return {name: profiles[name] for name in layers}
 
 

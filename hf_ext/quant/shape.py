@@ -12,6 +12,7 @@ from hf_ext.kernels.pack import packed_bytes
 from hf_ext.kernels.trellis import MAX_WIDTH, STATE_BITS, column_bytes
 from hf_ext.options import Options
 from hf_ext.quant.decoder import CONTEXT_HIDDEN, POINTWISE_HIDDEN, decoder_bytes
+from hf_ext.quant.outliers import index_bytes
 from hf_ext.quant.trellis import even_rates
 
 CODEBOOKS = ("kmeans", "nf4", "uniform")
@@ -39,6 +40,7 @@ class MatrixShape(Options):
         scale_bits: 16 or 32 bits per scale and zero point.
         state_bits: bits that a value of a trellis depends on, 8 to 14.
         rates: columns of a trellis with 1, 2, ... 6 bits a weight; the solver fills it in.
+        outliers: weights kept apart from the codes (`hf_ext.quant.outliers`); the solver fills it in.
     """
 
     vector_size: int = 2
@@ -54,12 +56,14 @@ class MatrixShape(Options):
     scale_bits: int = 16
     state_bits: int = 12
     rates: tuple[int, ...] = ()
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         _check_range("vector_size", self.vector_size, 1, 8)
         _check_range("code_bits", self.code_bits, 1, 24 if self.decoder == "trellis" else 8)
         _check_range("rank", self.rank, 0, 2**15)
         _check_range("group_size", self.group_size, 0, 2**20)
+        _check_range("outliers", self.outliers, 0, 2**31 - 1)
         _check_range("decoder_bits", self.decoder_bits, 2, 8)
         _check_range("state_bits", self.state_bits, STATE_BITS[0], STATE_BITS[-1])
         _check_choice("codebook", self.codebook, CODEBOOKS)
@@ -127,6 +131,7 @@ class MatrixShape(Options):
             if self.decoder in ("identity", "trellis")
             else decoder_bytes(self.decoder, size, codewords, hidden, self.decoder_bits),
             "low_rank": self.rank * (out_features + in_features) * self.low_rank_bits // 8,
+            "outliers": self.outliers * (2 * index_bytes(max(out_features, in_features)) + 2),
         }
         if self.rank and self.low_rank_bits == 8:
             parts["low_rank"] += 4 * self.rank
@@ -139,11 +144,6 @@ class MatrixShape(Options):
     def with_rank_for(self, out_features: int, in_features: int) -> "MatrixShape":
         """This shape with its rank cut to what the matrix can have."""
         return replace(self, rank=min(self.rank, out_features, in_features))
-
-
-def index_bytes(in_features: int) -> int:
-    """Bytes of one entry of a permutation of that many columns: int16 where it fits, else int32."""
-    return 2 if in_features <= 2**15 else 4
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -19,16 +19,17 @@ from hf_ext.quant.container import (
     Parts,
     codewords,
     context_values,
-    index_type,
     stored_decoder_shapes,
     trellis_weight,
 )
 from hf_ext.quant.decoder import fit_context, fit_pointwise, restore, store, tabulate
 from hf_ext.quant.feedback import Curvature, curvature, quantize_rows
 from hf_ext.quant.low_rank import restore_low_rank, store_low_rank, whitened_low_rank
+from hf_ext.quant.outliers import index_type, split_outliers
 from hf_ext.quant.shape import MatrixShape
 from hf_ext.quant.trellis import allocate, encode_columns
 
+OUTLIERS = 4.0  # codes of a trellis end at 3.3; beyond 4 an outlier saves more than its 48 bits do as code
 WEIGHT_CLAMP = 20.0  # a column counts at most this many times the mean in k-means: a few outlier channels else own it
 
 
@@ -43,6 +44,8 @@ class Effort:
         weighting: weight k-means by the Hessian.
         damping: part of the mean diagonal added to the Hessian. GPTQ takes 0.01; at 2 and 3 bits 0.1 leaves less error
             on text of another kind than the calibration text.
+        outliers: weights beyond so many times the root mean square of their row are kept apart, 0 for none. None takes
+            `OUTLIERS`, but none where a fixed codebook is scaled to the largest weight.
         seed: of everything random.
     """
 
@@ -51,6 +54,7 @@ class Effort:
     feedback: bool = True
     weighting: bool = True
     damping: float = 0.1
+    outliers: float | None = None
     seed: int = 0
 
 
@@ -93,7 +97,10 @@ def solve(
     if shape.decoder == "trellis" and not shape.rates:
         shape = replace(shape, rates=_rates(shape, weight.shape[1], bend, effort))
     seen = None if bend is None else bend.hessian
-    ordered = weight if perm is None else weight[:, perm]
+    sparse, rest = split_outliers(weight, outlier_threshold(shape, effort))
+    if sparse:
+        shape = replace(shape, outliers=len(sparse["sparse_values"]))
+    ordered = rest if perm is None else rest[:, perm]
     best, least = None, float("inf")
     table: Tensor | None = None
     low_rank = torch.zeros_like(ordered)
@@ -111,7 +118,15 @@ def solve(
         if not shape.rank:
             break  # without a low-rank term another round would only repeat this one
     assert best is not None
-    return Solution(_to_file_order(best, perm), shape, least / max(squared_error(ordered, seen, rows), 1e-30))
+    whole = squared_error(weight if perm is None else weight[:, perm], seen, rows)
+    return Solution(_to_file_order(best, perm) | sparse, shape, least / max(whole, 1e-30))
+
+
+def outlier_threshold(shape: MatrixShape, effort: Effort) -> float:
+    """From how many times the root mean square of their row weights are kept apart; 0 for none."""
+    if effort.outliers is not None:
+        return effort.outliers
+    return OUTLIERS if shape.codebook == "kmeans" else 0.0
 
 
 def relative_error(weight: Tensor, stored: Tensor, hessian: Tensor | None, rows: Tensor | None = None) -> float:
@@ -279,7 +294,7 @@ def _unscaled(parts: Parts, shape: MatrixShape, in_features: int) -> Tensor:
     if shape.decoder == "context":
         return context_values(parts, shape, in_features)[:, :in_features]
     if shape.decoder == "trellis":
-        weight = trellis_weight(parts, shape, in_features, low_rank=False)
+        weight = trellis_weight(parts, shape, in_features, terms=False)
         return trellis.decode(replace(weight, scales=torch.ones(len(parts["scales"]), 1)))
     codes = unpack(parts["qweight"], shape.code_bits, -(-in_features // shape.vector_size))
     return codewords(parts, shape)[codes.long()].flatten(1)[:, :in_features]

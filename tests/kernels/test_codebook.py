@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,13 @@ def random_weight(out, columns, size, code_bits, group=0, zeros=False, perm=Fals
         torch.randperm(columns, generator=g).to(torch.int16) if perm else None,
         *factors,
     )
+
+
+def with_single_weights(weight, dtype=torch.int16):
+    """The same with three single weights, two of them in one column and two in one row."""
+    rows, columns = torch.tensor([[0, 2, 2], [1, 1, 5]], dtype=dtype)
+    values = torch.tensor([3.0, -7.0, 0.5]).half()
+    return replace(weight, sparse_rows=rows, sparse_columns=columns, sparse_values=values)
 
 
 def by_hand(weight):
@@ -139,3 +148,23 @@ def test_the_gradient_is_that_of_the_dense_product():
     (actual,) = torch.autograd.grad((codebook_linear(x, weight) * y).sum(), x)
     (expected,) = torch.autograd.grad((codebook_linear_reference(x, weight) * y).sum(), x)
     assert_close("gradient", expected, actual, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_single_weights_are_added_with_their_gradient(rows, dtype, rank):
+    plain = random_weight(19, 11, 2, 6, perm=True, rank=rank)
+    weight = with_single_weights(plain, dtype)
+    x = torch.randn(2, rows, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dense = by_hand(weight)
+    dense[0, 1] += 3
+    dense[2, 1] -= 7
+    dense[2, 5] += 0.5
+    if rank:
+        dense = dense + weight.lr_b.double() @ weight.lr_a.double()
+    for part in (x, x[:1, :1]):
+        assert_close("product", part @ dense.T, codebook_linear(part.float(), weight).double(), 1e-5)
+    wanted = x.float().requires_grad_()
+    codebook_linear(wanted, weight).sum().backward()
+    assert_close("gradient", dense.sum(0).expand(2, rows, -1), wanted.grad.double(), 1e-5)

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -39,6 +40,13 @@ def random_weight(out, widths, state_bits=8, perm=False, rank=0, int8=False, see
         torch.randperm(columns, generator=g).to(torch.int16) if perm else None,
         *factors,
     )
+
+
+def with_single_weights(weight, dtype=torch.int16):
+    """The same with three single weights, two of them in one column and two in one row."""
+    rows, columns = torch.tensor([[0, 2, 2], [1, 1, 5]], dtype=dtype)
+    values = torch.tensor([3.0, -7.0, 0.5]).half()
+    return replace(weight, sparse_rows=rows, sparse_columns=columns, sparse_values=values)
 
 
 def by_hand(weight):
@@ -123,3 +131,23 @@ def test_two_bits_leave_less_error_than_any_scalar_or_short_vector_quantiser():
         values = trellis_tables(10)[width - 1][states_of(codes[None], width, 10)[0]]
         assert (source - values).square().mean() < most
         assert (source - values).square().mean() > 4.0**-width * 0.9  # no code beats the rate-distortion bound
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_single_weights_are_added_with_their_gradient(rows, dtype, rank):
+    plain = random_weight(19, [4] * 3 + [3] * 6 + [1] * 2, perm=True, rank=rank)
+    weight = with_single_weights(plain, dtype)
+    x = torch.randn(2, rows, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dense = by_hand(weight)
+    dense[0, 1] += 3
+    dense[2, 1] -= 7
+    dense[2, 5] += 0.5
+    if rank:
+        dense = dense + weight.lr_b.double() @ weight.lr_a.double()
+    for part in (x, x[:1, :1]):
+        assert_close("product", part @ dense.T, trellis_linear(part.float(), weight).double(), 1e-5)
+    wanted = x.float().requires_grad_()
+    trellis_linear(wanted, weight).sum().backward()
+    assert_close("gradient", dense.sum(0).expand(2, rows, -1), wanted.grad.double(), 1e-5)

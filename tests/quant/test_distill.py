@@ -32,7 +32,11 @@ def gap(model, teacher):
     return float((b.exp() * (b - a)).sum(-1).mean())
 
 
-STORED = {"low_rank": ("lr_a", "lr_b", "lr_scale"), "scales": ("proj.scales",), "norms": ("norm.weight",)}
+STORED = {
+    "low_rank": ("lr_a", "lr_b", "lr_scale"),
+    "scales": ("proj.scales", "sparse_values"),
+    "norms": ("norm.weight",),
+}
 
 
 @pytest.mark.parametrize("train", [("low_rank",), ("scales",), ("norms",), ("low_rank", "scales", "norms")])

@@ -10,7 +10,7 @@ from hf_ext.quant.shape import MatrixShape
 def profile(out=64, columns=96, energy=1.0, outliers=3):
     weights = torch.ones(columns)
     weights[:outliers] = 50.0
-    return MatrixProfile(out, columns, energy, weights)
+    return MatrixProfile(out, columns, energy, weights, outliers)
 
 
 PROFILES = {"a": profile(), "b": profile(192, 96, 8.0), "c": profile(64, 200, 0.1, 0)}

@@ -252,7 +252,7 @@ def edited(folder, tmp_path, change):
     [
         (
             lambda q: q.update(format_version=9),
-            "saved in format 9 of ReALLM; this version of hf_ext reads formats 1 to 2",
+            "saved in format 9 of ReALLM; this version of hf_ext reads formats 1 to 3",
         ),
         (lambda q: q.update(plan=None), "holds no plan"),
         (lambda q: q.update(shapes=[]), "does not fit the shapes"),

@@ -12,6 +12,7 @@ SHAPES = [
     MatrixShape(1, 3, codebook="uniform", group_size=64, affine=True),
     MatrixShape(4, 8, decoder="pointwise", decoder_bits=6),
     MatrixShape(3, 7, decoder="context", decoder_bits=8, permute=True),
+    MatrixShape(2, 6, decoder="trellis", outliers=5),
 ]
 
 
@@ -25,7 +26,11 @@ def test_bytes_are_those_of_the_tensors(shape, out, columns):
     assert shape.bits_per_weight(out, columns) == 8 * stored / (out * columns)
 
 
-def test_a_wide_matrix_has_a_wider_permutation():
+def test_a_wide_matrix_has_wider_indices():
+    for out, columns in ((1, 2**15 + 1), (2**15 + 1, 1)):
+        shape = MatrixShape(outliers=3)
+        assert empty_parts(shape, out, columns, "meta")["sparse_rows"].dtype == torch.int32
+        assert shape.nbytes(out, columns)["outliers"] == 30
     assert empty_parts(MatrixShape(permute=True), 1, 2**15, "meta")["perm"].dtype == torch.int16
     assert empty_parts(MatrixShape(permute=True), 1, 2**15 + 1, "meta")["perm"].dtype == torch.int32
 
@@ -36,6 +41,7 @@ def test_a_wide_matrix_has_a_wider_permutation():
         ({"code_bits": 9}, "code_bits must be a whole number from 1 to 8, got 9"),
         ({"vector_size": 0}, "vector_size must be a whole number from 1 to 8"),
         ({"rank": -1}, "rank must be"),
+        ({"outliers": -1}, "outliers must be a whole number from 0"),
         ({"codebook": "lattice"}, "codebook must be one of kmeans, nf4, uniform, got 'lattice'"),
         ({"decoder": "hnerv"}, "decoder must be one of identity, pointwise, context"),
         ({"codebook": "nf4"}, "needs vector_size=1"),

@@ -1,0 +1,61 @@
+"""Outliers: the few weights far beyond the rest of their row, kept apart in float16 with their place.
+
+A code covers the bulk of a row: the tables of a trellis end at 3.3 times its root mean square, where single weights
+of trained models reach 28 times that. Clipped, one of them costs as much as thousands of others, and feedback spreads
+its error. ReALLM (arXiv 2405.13155) allows a sparse residual beside the low-rank one; taking weights apart by size
+alone is the dense-and-sparse decomposition of SqueezeLLM (arXiv 2306.07629).
+"""
+
+import torch
+from torch import Tensor
+
+MOST = 2**-10  # of all weights: 0.05 bits a weight
+
+
+def split_outliers(weight: Tensor, threshold: float) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights beyond ``threshold`` times the root mean square of their row, and the weight without them.
+
+    Args:
+        weight: ``[out, in]``, float32.
+        threshold: 0 takes none apart.
+
+    Returns:
+        ``sparse_rows`` and ``sparse_columns`` (integers ``[n]``) with ``sparse_values`` (float16 ``[n]``), row by row,
+        empty where there are none; and what is left, in which their places hold what float16 has rounded off.
+    """
+    size = weight.square().mean(1, keepdim=True).sqrt()
+    beyond = (weight.abs() / size.clamp_min(torch.finfo(torch.float32).tiny)) * (weight.abs() > threshold * size)
+    count = min(int((beyond > 0).sum()), int(MOST * weight.numel()) if threshold else 0)
+    if not count:
+        return {}, weight
+    places = beyond.flatten().topk(count).indices.sort().values
+    kept = sparse_parts(count, weight.shape[0], weight.shape[1], weight.device)
+    kept["sparse_rows"].copy_(places // weight.shape[1])
+    kept["sparse_columns"].copy_(places % weight.shape[1])
+    kept["sparse_values"].copy_(weight.flatten()[places].clamp(-65504, 65504))
+    return kept, add_outliers(weight.clone(), kept, -1)
+
+
+def sparse_parts(count: int, out: int, columns: int, device: str | torch.device) -> dict[str, Tensor]:
+    """Uninitialised parts for ``count`` outliers of a weight ``[out, columns]``."""
+    place = index_type(max(out, columns))
+    types = {"sparse_rows": place, "sparse_columns": place, "sparse_values": torch.float16}
+    return {name: torch.empty(count, dtype=dtype, device=device) for name, dtype in types.items()}
+
+
+def add_outliers(dense: Tensor, parts: dict[str, Tensor], factor: float = 1) -> Tensor:
+    """Add ``factor`` times the outliers among ``parts`` to ``dense`` ``[out, in]``, in place."""
+    if "sparse_values" in parts:
+        places = parts["sparse_rows"].long(), parts["sparse_columns"].long()
+        dense[places] += factor * parts["sparse_values"].to(dense.dtype)
+    return dense
+
+
+def index_bytes(size: int) -> int:
+    """Bytes of one index below ``size``: int16 where it fits, else int32."""
+    return 2 if size <= 2**15 else 4
+
+
+def index_type(size: int) -> torch.dtype:
+    """The integer type of indices below ``size``."""
+    return torch.int16 if index_bytes(size) == 2 else torch.int32
