@@ -57,11 +57,11 @@ WITH_DATA = (
     "--learning-rate 1e-3 --tokens 98304 --suffix _own_domain",
     "reallm_layers.py --calibration {data}/books --text {wikitext}",
     "reallm.py --calibration {data}/books --text {wikitext} pydoc {data}/gsm8k/test300.jsonl --work {work}/reallm",
-    "reallm.py --calibration {data}/books --text {wikitext} pydoc {data}/gsm8k/test300.jsonl --calibration-windows 8 "
-    "--calibration-length 512 --own-windows 8 --report reallm_quality --only float32 reallm-3 reallm-2 "
-    "--work {work}/reallm_quality",
+    "reallm.py --calibration {data}/books --text {wikitext} pydoc {data}/gsm8k/test300.jsonl --calibration-windows 16 "
+    "--calibration-length 512 --own-windows 32 --own-seed 12 --own-batch 64 --report reallm_quality "
+    "--only float32 reallm-4 reallm-3 reallm-2 --work {work}/reallm_quality",
     "reallm_heal.py --base {work}/reallm_quality/reallm-3 {work}/reallm_quality/reallm-2 --train {data}/books "
-    "--text {wikitext} pydoc {data}/gsm8k/test300.jsonl --steps 64 --work {work}/reallm_heal",
+    "--text {wikitext} pydoc {data}/gsm8k/test300.jsonl --steps 320 --work {work}/reallm_heal",
 )
 WITH_PEER = ("fadam.py parity --peer {peer}",)
 

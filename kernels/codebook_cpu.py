@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_ext.kernels.decoded_linear import SPARSE
 from hf_ext.kernels.native import load_native
-from hf_ext.kernels.native_weight import FACTOR_TYPES, SPARSE, TYPES, NativeWeight, native_factors
+from hf_ext.kernels.native_weight import (
+    FACTOR_TYPES,
+    TYPES,
+    NativeWeight,
+    index_bytes,
+    native_factors,
+    native_index,
+    native_sparse,
+)
 
 if TYPE_CHECKING:
     from hf_ext.kernels.codebook import CodebookWeight
@@ -66,8 +75,9 @@ def prepare(weight: "CodebookWeight") -> Any:
     rows = max(0, 16 - len(weight.table)) if width == 1 else 0  # two registers are read whole
     table = torch.nn.functional.pad(weight.table.float(), (0, width - size, 0, rows)).contiguous()
     factors = native_factors(weight.lr_a, weight.lr_b)
-    sparse = [getattr(weight, name) for name in SPARSE]
-    held = [weight.qweight, table, weight.scales, weight.zeros, weight.perm, *factors, weight.lr_scale, *sparse]
+    perm = native_index("perm", weight.perm, weight.in_features)
+    sparse = native_sparse(weight, len(weight.qweight), weight.in_features)
+    held = [weight.qweight, table, weight.scales, weight.zeros, perm, *factors, weight.lr_scale, *sparse]
     reference = _Weight.pointing_to(
         held,
         len(weight.qweight),
@@ -76,14 +86,14 @@ def prepare(weight: "CodebookWeight") -> Any:
         weight.group,
         weight.scales.shape[1],
         0 if weight.lr_a is None else len(weight.lr_a),
-        0 if weight.sparse_rows is None else len(weight.sparse_rows),
+        0 if sparse[0] is None else len(sparse[0]),
         weight.code_bits,
         size,
         width,
         TYPES[weight.scales.dtype],
-        0 if weight.perm is None else weight.perm.element_size(),
+        index_bytes(perm),
         0 if factors[0] is None else FACTOR_TYPES[factors[0].dtype],
-        0 if weight.sparse_rows is None else weight.sparse_rows.element_size(),
+        index_bytes(sparse[0]),
     )
     vars(weight)["_prepared"] = reference
     return reference

@@ -9,6 +9,10 @@ from torch import Tensor
 
 GEMV_ROWS = 4  # up to this many input rows a fused product beats decoding once and multiplying
 
+# the parts of the terms beside the codes, by the names that they are stored under
+LOW_RANK = ("lr_a", "lr_b", "lr_scale")
+SPARSE = ("sparse_rows", "sparse_columns", "sparse_values")
+
 Multiply = Callable[[Tensor, Any], Tensor]  # x [..., in] and the stored weight -> x @ Q.T
 Decode = Callable[[Any, torch.dtype], Tensor]  # the stored weight -> Q [out, in]
 

@@ -43,7 +43,7 @@ inline Eight eight_of(uint64_t word, const float *table, uint32_t mask) {
     return Eight{value(0), value(1), value(2), value(3), value(4), value(5), value(6), value(7)};
 }
 
-constexpr int64_t MOST_ROWS = 4;  // GEMV_ROWS of trellis.py
+constexpr int64_t MOST_ROWS = 4;  // GEMV_ROWS of decoded_linear.py
 struct Factors {
     float of[MOST_ROWS];
 };

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_ext.kernels.decoded_linear import GEMV_ROWS, SPARSE
 from hf_ext.kernels.native import load_native
-from hf_ext.kernels.native_weight import FACTOR_TYPES, SPARSE, TYPES, NativeWeight, native_factors
+from hf_ext.kernels.native_weight import (
+    FACTOR_TYPES,
+    TYPES,
+    NativeWeight,
+    index_bytes,
+    native_factors,
+    native_index,
+    native_sparse,
+)
 
 if TYPE_CHECKING:
     from hf_ext.kernels.trellis import TrellisWeight
@@ -48,6 +57,8 @@ def gemv_compiled(x: Tensor, weight: "TrellisWeight", tables: Tensor) -> Tensor 
     out = len(weight.scales)
     y = torch.empty(*x.shape[:-1], out, dtype=x.dtype)
     rows = y.numel() // out
+    if rows > GEMV_ROWS:
+        return None
     prepared = prepare(weight, tables)
     library.gemv(prepared, x.data_ptr(), y.data_ptr(), rows, TYPES[x.dtype], torch.get_num_threads())
     return y
@@ -71,20 +82,21 @@ def prepare(weight: "TrellisWeight", tables: Tensor) -> Any:
     if known is not None:
         return known
     factors = native_factors(weight.lr_a, weight.lr_b)
-    sparse = [getattr(weight, name) for name in SPARSE]
-    held = [weight.qweight, weight.widths, tables, weight.scales, weight.perm, *factors, weight.lr_scale, *sparse]
+    perm = native_index("perm", weight.perm, len(weight.widths))
+    sparse = native_sparse(weight, len(weight.scales), len(weight.widths))
+    held = [weight.qweight, weight.widths, tables, weight.scales, perm, *factors, weight.lr_scale, *sparse]
     reference = _Weight.pointing_to(
         held,
         weight.qweight.numel(),
         len(weight.scales),
         len(weight.widths),
         0 if weight.lr_a is None else len(weight.lr_a),
-        0 if weight.sparse_rows is None else len(weight.sparse_rows),
+        0 if sparse[0] is None else len(sparse[0]),
         weight.state_bits,
         TYPES[weight.scales.dtype],
-        0 if weight.perm is None else weight.perm.element_size(),
+        index_bytes(perm),
         0 if factors[0] is None else FACTOR_TYPES[factors[0].dtype],
-        0 if weight.sparse_rows is None else weight.sparse_rows.element_size(),
+        index_bytes(sparse[0]),
     )
     vars(weight)["_prepared"] = reference
     return reference

@@ -158,6 +158,7 @@ def _rows(model: Any, errors: dict[str, float]) -> list[dict[str, Any]]:
             "decoder": layer.shape.decoder,
             "code_bits": layer.shape.bits,
             "rank": layer.shape.rank,
+            "outliers": layer.shape.outliers,
             "bits": round(layer.shape.bits_per_weight(layer.out_features, layer.in_features), 3),
             "error": errors[name],
         }

@@ -58,10 +58,10 @@ def _kinds(rows: Rows) -> list[str]:
 
 
 def _layers(rows: Rows) -> list[str]:
-    heads = "| layer | size | decoder | code bits a weight | rank | bits a weight | error |"
-    return [heads, "|---" + "|---:" * 6 + "|"] + [
+    heads = "| layer | size | decoder | code bits a weight | rank | outliers | bits a weight | error |"
+    return [heads, "|---" + "|---:" * 7 + "|"] + [
         f"| {row['layer']} | {row['size']} | {row['decoder']} | {row['code_bits']:.3f} | {row['rank']} | "
-        f"{row['bits']:.3f} | {row['error']:.4f} |"
+        f"{row['outliers']} | {row['bits']:.3f} | {row['error']:.4f} |"
         for row in rows
     ]
 

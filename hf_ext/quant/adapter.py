@@ -10,9 +10,9 @@ from hf_ext.quant.linear import quantized_layers
 def low_rank_to_adapter(model: Any, adapter_name: str = "default", trainable: bool = True) -> Any:
     """Move the low-rank terms of a quantised model into a LoRA adapter on it.
 
-    The base then holds codes only: save it with ``peft_model.get_base_model().save_pretrained(...)`` after
-    ``unload()``, or keep using the returned model. ``peft_model.save_pretrained(folder)`` writes the adapter, which
-    ``PeftModel.from_pretrained(base, folder)`` loads. ``lora_alpha`` equals the rank, so the scaling is exactly 1.
+    The base then holds codes and outliers only: save it with ``peft_model.get_base_model().save_pretrained(...)``
+    after ``unload()``, or keep using the returned model. ``peft_model.save_pretrained(folder)`` writes the adapter,
+    which ``PeftModel.from_pretrained(base, folder)`` loads. ``lora_alpha`` equals the rank: the scaling is exactly 1.
 
     Args:
         model: a transformers model with ReALLM layers; it is changed.

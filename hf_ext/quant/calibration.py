@@ -109,7 +109,7 @@ def _text(source: Any) -> str:
 
 @dataclass
 class Moments:
-    """``E[x x^T]`` of the inputs of several layers, summed up call by call; layers that share an input share the sum.
+    """``E[x x^T]`` of the inputs of several layers, summed up call by call; a shared input is multiplied only once.
 
     Attributes:
         sums: layer name -> sum of ``x x^T``, ``[in, in]``.
@@ -118,25 +118,23 @@ class Moments:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    _last: tuple[Tensor, str] | None = None
-    _owner: dict[str, str] = field(default_factory=dict)
+    _last: tuple[Tensor, Tensor, int] | None = None  # an input, its product and its rows
 
     def add(self, name: str, x: Tensor) -> None:
         """Count ``x`` ``[..., in]`` as input of layer ``name``."""
-        if self._last is not None and self._last[0] is x:
-            self._owner.setdefault(name, self._last[1])
-            return
-        self._last = (x, name)
-        rows = x.detach().flatten(0, -2).float()
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(rows.shape[1], rows.shape[1])
-        self.sums[name].addmm_(rows.t(), rows)
-        self.tokens[name] = self.tokens.get(name, 0) + len(rows)
+        if self._last is None or self._last[0] is not x:
+            rows = x.detach().flatten(0, -2).float()
+            self._last = (x, rows.t() @ rows, len(rows))
+        _, product, count = self._last
+        if name in self.sums:
+            self.sums[name] += product
+        else:
+            self.sums[name] = product.clone()
+        self.tokens[name] = self.tokens.get(name, 0) + count
 
     def hessian(self, name: str) -> Tensor | None:
         """``E[x x^T]`` of layer ``name``, or None if it was never called."""
-        owner = self._owner.get(name, name)
-        return self.sums[owner] / self.tokens[owner] if owner in self.sums else None
+        return self.sums[name] / self.tokens[name] if name in self.sums else None
 
     @contextmanager
     def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:

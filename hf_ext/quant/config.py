@@ -1,6 +1,7 @@
 """`ReALLMConfig`: what ``from_pretrained(..., quantization_config=...)`` takes, and what config.json keeps."""
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ class ReALLMConfig(QuantizationConfigMixin):
                 f"formats {READABLE[0]} to {READABLE[-1]}. Install the version of hf_ext that saved it."
             )
         _check_choice("preset", self.preset, tuple(PRESETS))
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int | float) or not 1 <= self.bits <= 8:
+        if not _is_number(self.bits) or not 1 <= self.bits <= 8:
             raise ValueError(f"bits must be a number from 1 to 8, got {self.bits!r}.")
         if self.budget is not None and not 1.5 <= self.budget <= 16:
             raise ValueError(f"budget must be from 1.5 to 16 bits per weight, got {self.budget!r}.")
@@ -132,7 +133,7 @@ class ReALLMConfig(QuantizationConfigMixin):
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}.")
         if not isinstance(self.own_windows, int) or self.own_windows < 0:
             raise ValueError(f"own_windows must be a whole number, at least 0, got {self.own_windows!r}.")
-        if self.outliers is not None and self.outliers != 0 and not self.outliers >= 2:
+        if self.outliers not in (None, 0) and not (_is_number(self.outliers) and 2 <= self.outliers < math.inf):
             raise ValueError(f"outliers must be 0, at least 2 or None, got {self.outliers!r}.")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be above 0 and at most 1, got {self.damping!r}.")
@@ -140,7 +141,12 @@ class ReALLMConfig(QuantizationConfigMixin):
             raise ValueError(
                 "budget chooses shapes by error and needs calibration text, got calibration=None and own_windows=0."
             )
-        self.shape_for(2**15, 2**15)  # says what is wrong with the shape
+        _ = self.base_shape  # says what is wrong with it
+
+    @property
+    def base_shape(self) -> MatrixShape:
+        """The shape of a matrix so large that nothing depends on its size."""
+        return self.shape_for(2**15, 2**15)
 
     def shape_for(self, out_features: int, in_features: int) -> MatrixShape:
         """The shape of a matrix of that size where no plan says otherwise."""
@@ -192,6 +198,7 @@ class ReALLMConfig(QuantizationConfigMixin):
     def record(self, layers: Mapping[str, "ReALLMLinear"]) -> None:
         """Keep the shape and size of every quantised layer by name, to be saved."""
         distinct = list(dict.fromkeys(layer.shape for layer in layers.values()))
+        self.format_version = FORMAT_VERSION
         self.shapes = [shape.to_dict() for shape in distinct]
         self.plan = {
             name: [distinct.index(layer.shape), layer.out_features, layer.in_features]
@@ -240,6 +247,10 @@ def _vector_size(bits: float, codebook: str) -> int:
     if not fitting:
         raise ValueError(f"bits must be a whole number of bits per 1 to {MAX_VECTOR_SIZE} weights, got {bits!r}.")
     return fitting[0]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_ext.kernels import trellis
 from hf_ext.kernels.codebook import CodebookWeight, decode, scale_groups, to_columns
+from hf_ext.kernels.decoded_linear import LOW_RANK, SPARSE
 from hf_ext.kernels.pack import packed_bytes, unpack
 from hf_ext.kernels.trellis import TrellisWeight
 from hf_ext.quant.decoder import (
@@ -30,7 +31,7 @@ from hf_ext.quant.shape import MatrixShape
 from hf_ext.quant.trellis import column_widths
 
 Parts = dict[str, Tensor]
-TERMS = ("lr_a", "lr_b", "lr_scale", "sparse_rows", "sparse_columns", "sparse_values")
+TERMS = (*LOW_RANK, *SPARSE)
 
 
 def empty_parts(shape: MatrixShape, out_features: int, in_features: int, device: str | torch.device) -> Parts:
@@ -61,6 +62,22 @@ def empty_parts(shape: MatrixShape, out_features: int, in_features: int, device:
             parts["lr_scale"] = ((shape.rank,), torch.float32)
     tensors = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in parts.items()}
     return tensors | (sparse_parts(shape.outliers, out_features, in_features, device) if shape.outliers else {})
+
+
+def check_indices(name: str, parts: Parts, out_features: int, in_features: int) -> None:
+    """Refuse places that are none: what is looked up or added there would lie outside the weight of layer ``name``.
+
+    Raises:
+        ValueError: ``perm`` is no permutation, or an outlier has no place of its own.
+    """
+    perm = parts.get("perm")
+    if perm is not None and not torch.equal(perm.long().sort().values, torch.arange(in_features, device=perm.device)):
+        raise ValueError(f"{name}.perm is no permutation of {in_features} columns; the checkpoint is damaged.")
+    if "sparse_values" in parts:
+        rows, columns = parts["sparse_rows"].long(), parts["sparse_columns"].long()
+        inside = (rows >= 0) & (rows < out_features) & (columns >= 0) & (columns < in_features)
+        if not inside.all() or len((rows * in_features + columns).unique()) < len(rows):
+            raise ValueError(f"{name} has outliers outside it or twice in a place; the checkpoint is damaged.")
 
 
 def stored_decoder_shapes(shape: MatrixShape) -> list[tuple[int, ...]]:

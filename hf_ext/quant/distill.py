@@ -9,6 +9,7 @@ arXiv 2412.01129, finds a model-level loss to matter most at 2 bits).
 """
 
 import math
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from hf_ext.divergence import distillation_kl
 from hf_ext.options import Options
 from hf_ext.quant.calibration import calibration_windows, capture_block_inputs, find_blocks
+from hf_ext.quant.integrity import checksums
 from hf_ext.quant.linear import quantized_layers
 from hf_ext.quant.trainable import KINDS, Trainable, trainable_parts
 
@@ -34,7 +36,7 @@ class DistillOptions(Options):
     """How `distill` trains.
 
     Attributes:
-        train: any of ``"low_rank"``, ``"scales"`` (of the rows) and ``"norms"``.
+        train: any of ``"low_rank"``, ``"scales"`` (of the rows, outliers included) and ``"norms"``.
         block_epochs: passes over the windows for each block; 0 skips the block-wise stage.
         block_lr: learning rate of Adam there.
         steps: steps of the model-level stage, one window each; 0 skips it.
@@ -107,7 +109,8 @@ def distill(
         The model-level loss of every step, in nats per token.
 
     Raises:
-        ValueError: there is nothing to train, the text is too short, or the state belongs to other options.
+        ValueError: there is nothing to train, the text is too short, or the state belongs to other options or to
+            another model, such as this one once it is healed.
     """
     options = options or DistillOptions()
     layers = quantized_layers(model)
@@ -140,6 +143,7 @@ class _Run:
         self.blocks_done = 0
         self.optimizer: torch.optim.Adam | None = None
         self.kept: dict[str, Tensor] = {}
+        self.origin = {"options": repr(self.options), "model": _fingerprint(self.model)}
 
     def train_blocks(self) -> None:
         """The block-wise stage: every block in turn, on the streams of student and teacher."""
@@ -221,7 +225,7 @@ class _Run:
         tensors["blocks_done"] = torch.tensor(self.blocks_done)
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / f"{STATE}.new"
-        save_file(tensors, unfinished, {"options": repr(self.options)})
+        save_file(tensors, unfinished, self.origin)
         unfinished.replace(self.folder / STATE)
 
     def resume(self) -> None:
@@ -232,12 +236,13 @@ class _Run:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as opened:
-            options = (opened.metadata() or {}).get("options")
-        if options != repr(self.options):
-            raise ValueError(f"{path} was made with {options}, not with {self.options!r}; use another folder.")
+            origin = opened.metadata() or {}
+        made = origin.get("options")
+        if made != self.origin["options"]:
+            raise ValueError(f"{path} was made with {made}, not with {self.options!r}; use another folder.")
+        if origin.get("model") != self.origin["model"]:
+            raise ValueError(f"{path} belongs to another model, or this one was healed since; use another folder.")
         self.kept = load_file(path)
-        if any(f"trained.{name}" not in self.kept for name in self.trained):
-            raise ValueError(f"{path} belongs to another model; use another folder.")
         with torch.no_grad():
             for name, part in self.trained.items():
                 part.parameter.copy_(self.kept[f"trained.{name}"])
@@ -249,3 +254,10 @@ class _Run:
             found = {key: self.kept[f"{key}.{name}"].clone() for key in MOMENTS if f"{key}.{name}" in self.kept}
             if found:
                 optimizer.state[part.parameter] = found
+
+
+def _fingerprint(model: Any) -> str:
+    """What a gain of the rows is relative to: CRC-32 of everything that the quantised layers hold meanwhile."""
+    layers = quantized_layers(model).items()
+    held = {f"{name}.{part}": tensor for name, layer in layers for part, tensor in layer.parts.items()}
+    return str(zlib.crc32(checksums(held).encode()))

@@ -90,7 +90,8 @@ def _nearest_rows(target: Tensor, scales: Tensor, zeros: Tensor, table: Tensor, 
     size = table.shape[1]
     wanted = (target - zeros) / scales.clamp_min(1e-30)
     if size == 1:
-        return torch.bucketize(wanted, (table[1:, 0] + table[:-1, 0]) / 2).to(torch.uint8)
+        levels, order = table[:, 0].sort()  # k-means leaves them in any order
+        return order[torch.bucketize(wanted, (levels[1:] + levels[:-1]) / 2)].to(torch.uint8)
     vectors = wanted.unflatten(1, (-1, size))
     codes = torch.stack([_nearest_in_row(row, table) for row in vectors])
     tail = columns % size

@@ -27,8 +27,11 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(flat.numpy().data)
 
 
-def verify_checkpoint(files: Iterable[str | Path]) -> None:
+def verify_checkpoint(files: Iterable[str | Path]) -> set[str]:
     """Compare every tensor of a checkpoint with its checksum, and the list of tensors with the files.
+
+    Returns:
+        The names of the tensors.
 
     Raises:
         ValueError: a file cannot be read, a tensor is missing or its bytes have changed, or there are no checksums.
@@ -53,6 +56,7 @@ def verify_checkpoint(files: Iterable[str | Path]) -> None:
     missing = sorted(set(expected or ()) - found)
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing from the checkpoint, the first is {missing[0]}.")
+    return found
 
 
 def bits_on_disk(folder: str | Path) -> dict[str, float]:

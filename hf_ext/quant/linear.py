@@ -7,19 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.kernels.codebook import CodebookWeight, codebook_linear
-from hf_ext.kernels.decoded_linear import add_sparse_product, low_rank_product
+from hf_ext.kernels.decoded_linear import LOW_RANK, add_sparse_product, low_rank_product
 from hf_ext.kernels.trellis import TrellisWeight, column_slices, trellis_linear
-from hf_ext.quant.container import Parts, codebook_weight, dense_quantized, empty_parts, trellis_weight
+from hf_ext.quant.container import Parts, codebook_weight, dense, dense_quantized, empty_parts, trellis_weight
 from hf_ext.quant.low_rank import restore_low_rank, store_low_rank
+from hf_ext.quant.outliers import LARGEST
 from hf_ext.quant.shape import MatrixShape
 
 DECODE_MODES = ("on_the_fly", "once", "low_memory")
-LOW_RANK_PARTS = ("lr_a", "lr_b", "lr_scale")
 LOW_MEMORY_ROWS = 256  # rows of the weight, or columns of a trellis, that the low-memory mode decodes at a time
 
 
 class ReALLMLinear(nn.Linear):
-    """A linear layer whose weight is decoded from packed codes, plus a low-rank term in high precision.
+    """A linear layer whose weight is decoded from packed codes, plus a few outliers and a low-rank term.
 
     The parts are buffers under the names of `hf_ext.quant.container`; only a bias is a parameter. They keep their
     types when the model is cast, so that what is saved does not depend on the precision it ran in.
@@ -52,8 +52,14 @@ class ReALLMLinear(nn.Linear):
 
     @classmethod
     def from_parts(cls, parts: Parts, shape: MatrixShape, in_features: int, bias: Tensor | None = None) -> Self:
-        """A layer around parts that the solver made; ``bias`` is taken over as it is."""
+        """A layer around parts that the solver made; ``bias`` is taken over as it is.
+
+        Raises:
+            ValueError: the parts are not those of ``shape``.
+        """
         layer = cls(in_features, len(parts["scales"]), shape, device="meta")
+        if layer._buffers.keys() != parts.keys():
+            raise ValueError(f"{shape} is stored in {', '.join(layer._buffers)}, got {', '.join(parts)}.")
         for name, part in parts.items():
             layer._buffers[name] = part
         if bias is not None:
@@ -67,10 +73,8 @@ class ReALLMLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense weight ``[out, in]``, low-rank term included: computed when asked for, and not a parameter."""
-        factors = restore_low_rank(self.parts)
-        quantized = self._quantized(torch.float32)
-        return (quantized if factors is None else quantized + factors[1] @ factors[0]).to(self.compute_dtype)
+        """The dense weight ``[out, in]``, all terms included: computed when asked for, and not a parameter."""
+        return dense(self.parts, self.shape, self.in_features, self.compute_dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -123,7 +127,8 @@ class ReALLMLinear(nn.Linear):
                 self._buffers[name] = (part.float() * gain.float()[:, None]).to(part.dtype)
         if "sparse_values" in self.parts:
             part, rows = self.get_buffer("sparse_values"), self.get_buffer("sparse_rows").long()
-            self._buffers["sparse_values"] = (part.float() * gain.float()[rows]).to(part.dtype)
+            scaled = (part.float() * gain.float()[rows]).clamp(-LARGEST, LARGEST)
+            self._buffers["sparse_values"] = scaled.to(part.dtype)
         self._forget()
 
     def set_low_rank(self, lr_a: Tensor | None, lr_b: Tensor | None, bits: int = 32) -> None:
@@ -135,7 +140,7 @@ class ReALLMLinear(nn.Linear):
 
     def set_low_rank_parts(self, stored: Parts, bits: int) -> None:
         """Replace the low-rank term by stored tensors, such as `low_rank_parts` gave earlier."""
-        for name in LOW_RANK_PARTS:
+        for name in LOW_RANK:
             self._buffers.pop(name, None)
         for name, part in stored.items():
             self.register_buffer(name, part)
@@ -145,7 +150,7 @@ class ReALLMLinear(nn.Linear):
 
     def low_rank_parts(self) -> Parts:
         """The stored tensors of the low-rank term by name; empty without one."""
-        return {name: part for name, part in self.parts.items() if name in LOW_RANK_PARTS}
+        return {name: part for name, part in self.parts.items() if name in LOW_RANK}
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """The float32 factors ``(lr_a [r, in], lr_b [out, r])`` of the low-rank term, or None without one."""
@@ -161,7 +166,8 @@ class ReALLMLinear(nn.Linear):
 
     def _decoded(self, dtype: torch.dtype) -> Tensor:
         if self._dense is None or self._dense.dtype != dtype or self._dense.device != self.qweight.device:
-            self._dense = self._quantized(dtype)
+            with torch.inference_mode(False), torch.no_grad():  # kept for calls that may need gradients
+                self._dense = self._quantized(dtype)
         return self._dense
 
     def _quantized(self, dtype: torch.dtype) -> Tensor:

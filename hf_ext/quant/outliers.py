@@ -9,7 +9,10 @@ alone is the dense-and-sparse decomposition of SqueezeLLM (arXiv 2306.07629).
 import torch
 from torch import Tensor
 
-MOST = 2**-10  # of all weights: 0.05 bits a weight
+from hf_ext.kernels.decoded_linear import SPARSE
+
+MOST = 2**-10  # of all weights: 0.05 bits a weight, 0.08 where places need int32
+LARGEST = torch.finfo(torch.float16).max
 
 
 def split_outliers(weight: Tensor, threshold: float) -> tuple[dict[str, Tensor], Tensor]:
@@ -23,8 +26,9 @@ def split_outliers(weight: Tensor, threshold: float) -> tuple[dict[str, Tensor],
         ``sparse_rows`` and ``sparse_columns`` (integers ``[n]``) with ``sparse_values`` (float16 ``[n]``), row by row,
         empty where there are none; and what is left, in which their places hold what float16 has rounded off.
     """
-    size = weight.square().mean(1, keepdim=True).sqrt()
-    beyond = (weight.abs() / size.clamp_min(torch.finfo(torch.float32).tiny)) * (weight.abs() > threshold * size)
+    part = weight.abs() / weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    times = part / part.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+    beyond = times * (times > threshold) * (weight.half() != 0)  # not what float16 rounds to nothing
     count = min(int((beyond > 0).sum()), int(MOST * weight.numel()) if threshold else 0)
     if not count:
         return {}, weight
@@ -32,15 +36,15 @@ def split_outliers(weight: Tensor, threshold: float) -> tuple[dict[str, Tensor],
     kept = sparse_parts(count, weight.shape[0], weight.shape[1], weight.device)
     kept["sparse_rows"].copy_(places // weight.shape[1])
     kept["sparse_columns"].copy_(places % weight.shape[1])
-    kept["sparse_values"].copy_(weight.flatten()[places].clamp(-65504, 65504))
+    kept["sparse_values"].copy_(weight.flatten()[places].clamp(-LARGEST, LARGEST))
     return kept, add_outliers(weight.clone(), kept, -1)
 
 
 def sparse_parts(count: int, out: int, columns: int, device: str | torch.device) -> dict[str, Tensor]:
     """Uninitialised parts for ``count`` outliers of a weight ``[out, columns]``."""
     place = index_type(max(out, columns))
-    types = {"sparse_rows": place, "sparse_columns": place, "sparse_values": torch.float16}
-    return {name: torch.empty(count, dtype=dtype, device=device) for name, dtype in types.items()}
+    types = zip(SPARSE, (place, place, torch.float16), strict=True)
+    return {name: torch.empty(count, dtype=dtype, device=device) for name, dtype in types}
 
 
 def add_outliers(dense: Tensor, parts: dict[str, Tensor], factor: float = 1) -> Tensor:

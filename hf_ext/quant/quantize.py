@@ -120,7 +120,7 @@ def _quantize_calibrated(model: Any, layers: dict[str, Any], config: ReALLMConfi
     if config.row_weights or config.budget is not None:
         rows = output_gradients(model, layers, few)
     if config.budget is not None:
-        base = config.shape_for(2**15, 2**15)
+        base = config.base_shape
         shapes = make_plan(_profiles(model, layers, rows, few, config), base, config.budget)
     weights = rows if config.row_weights else {}
     with torch.no_grad():
@@ -184,14 +184,14 @@ def _profiles(
     path, blocks = find_blocks(model)
     stream = capture_block_inputs(model, blocks, windows)
     profiles: dict[str, MatrixProfile] = {}
-    threshold = outlier_threshold(config.shape_for(2**15, 2**15), config.effort())
+    threshold = outlier_threshold(config.base_shape, config.effort())
     for name, hessian in _hessians(layers, path, blocks, stream):
         sparse, weight = split_outliers(layers[name].weight.detach().float(), threshold)
         importance = rows.get(name, torch.ones(len(weight)))
         energy = _energy(importance * weight.square().mean(1), config)
         perm = hessian.diagonal().argsort(descending=True)
         columns = curvature(hessian, config.damping, perm).column_weights.sort(descending=True).values
-        outliers = len(sparse["sparse_values"]) if sparse else 0
+        outliers = len(sparse.get("sparse_values", ()))
         profiles[name] = MatrixProfile(weight.shape[0], weight.shape[1], energy, columns, outliers)
     return {name: profiles[name] for name in layers}
 
@@ -202,7 +202,7 @@ def _energy(rows: Tensor, config: ReALLMConfig) -> float:
     A trellis whose search knows these moves its errors to where they cost little: then rows count by their geometric
     mean, which is what reverse water-filling over them would reach.
     """
-    if config.row_weights and config.shape_for(2**15, 2**15).decoder == "trellis":
+    if config.row_weights and config.base_shape.decoder == "trellis":
         return len(rows) * float(rows.clamp_min(1e-6 * rows.mean()).log().mean().exp())
     return float(rows.sum())
 

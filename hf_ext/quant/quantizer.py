@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from hf_ext.quant.config import METHOD, ReALLMConfig
+from hf_ext.quant.container import check_indices
 from hf_ext.quant.integrity import CHECKSUMS, checksums, verify_checkpoint
 from hf_ext.quant.linear import ReALLMLinear, quantized_layers
 from hf_ext.quant.quantize import Progress, linear_names, quantize_model
@@ -46,8 +47,10 @@ class ReALLMQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if self.pre_quantized:
-            verify_checkpoint(checkpoint_files or ())
+            stored = verify_checkpoint(checkpoint_files or ())
             _build_layers(model, self.quantization_config, self.dtype)
+            if stored:
+                _check_parts(quantized_layers(model), stored)
             return
         self.targets = set(linear_names(model, self.quantization_config))
         if not self.targets:
@@ -64,7 +67,10 @@ class ReALLMQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            for name, layer in quantized_layers(model).items():
+                check_indices(name, layer.parts, layer.out_features, layer.in_features)
+        else:
             if self._after_loading:
                 quantize_model(model, config, [name for name, _ in model.named_modules() if name in self.targets])
             config.record(quantized_layers(model))
@@ -98,7 +104,7 @@ class ReALLMQuantizer(HfQuantizer):
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight = nn.Parameter(layer.weight.to(dtype or self.dtype))
             if layer.bias is not None:
-                linear.bias = nn.Parameter(layer.bias.detach())
+                linear.bias = nn.Parameter(layer.bias.detach().to(linear.weight.dtype))
             model.set_submodule(name, linear)
         mark_quantized(model, None)
         return model
@@ -145,6 +151,7 @@ def quantize_in_place(model: Any, config: ReALLMConfig, progress: Progress | Non
         raise ValueError(f"This model is quantised already ({model.hf_quantizer.quantization_config.quant_method}).")
     errors = quantize_model(model, config, progress=progress)
     model.hf_quantizer = ReALLMQuantizer(config, pre_quantized=False)
+    model.config.dtype = model.dtype
     model.is_quantized, model.quantization_method, model.config._is_quantized = True, METHOD, True
     mark_quantized(model, config)
     return errors
@@ -173,6 +180,19 @@ def _build_layers(model: Any, config: ReALLMConfig, dtype: torch.dtype) -> None:
         bias = old.bias is not None
         new = ReALLMLinear(old.in_features, old.out_features, shape, bias, dtype, device="meta")
         model.set_submodule(name, new)
+
+
+def _check_parts(layers: dict[str, ReALLMLinear], stored: set[str]) -> None:
+    """Refuse a checkpoint whose plan asks for other parts than it holds."""
+    found: dict[str, set[str]] = {name: set() for name in layers}
+    for tensor in stored:
+        owner, _, part = tensor.rpartition(".")
+        found.get(owner, set()).add(part)
+    for name, layer in layers.items():
+        asked = set(layer.state_dict())
+        if found[name] != asked:
+            asks, there = ", ".join(sorted(asked)), ", ".join(sorted(found[name]))
+            raise ValueError(f"The plan of {name} asks for the parts {asks}; the checkpoint holds {there or 'none'}.")
 
 
 def _saved_tensors(model: Any) -> dict[str, Tensor]:

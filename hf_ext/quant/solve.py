@@ -29,7 +29,7 @@ from hf_ext.quant.outliers import index_type, split_outliers
 from hf_ext.quant.shape import MatrixShape
 from hf_ext.quant.trellis import allocate, encode_columns
 
-OUTLIERS = 4.0  # codes of a trellis end at 3.3; beyond 4 an outlier saves more than its 48 bits do as code
+OUTLIERS = 4.0  # codes of a trellis end at 3.3; beyond 4 an outlier saves more than its 48 bits would as code
 WEIGHT_CLAMP = 20.0  # a column counts at most this many times the mean in k-means: a few outlier channels else own it
 
 
@@ -84,11 +84,14 @@ def solve(
         effort: how hard to try.
 
     Raises:
-        ValueError: ``weight`` is no matrix, or it or the statistics hold a value that is not finite.
+        ValueError: ``weight`` is no matrix, it or the statistics hold a value that is not finite, or its squares are
+            not finite.
     """
     effort = effort or Effort()
     weight = weight.detach().float()
     _check(weight, hessian, rows)
+    if rows is not None:  # rows that never count are divided by all the same
+        rows = rows.clamp_min(1e-6 * float(rows.mean())) if rows.any() else None
     shape = replace(shape, rank=min(shape.rank, *weight.shape), permute=shape.permute and hessian is not None)
     perm = None
     if shape.permute and hessian is not None:
@@ -98,8 +101,7 @@ def solve(
         shape = replace(shape, rates=_rates(shape, weight.shape[1], bend, effort))
     seen = None if bend is None else bend.hessian
     sparse, rest = split_outliers(weight, outlier_threshold(shape, effort))
-    if sparse:
-        shape = replace(shape, outliers=len(sparse["sparse_values"]))
+    shape = replace(shape, outliers=len(sparse.get("sparse_values", ())))
     ordered = rest if perm is None else rest[:, perm]
     best, least = None, float("inf")
     table: Tensor | None = None
@@ -112,12 +114,13 @@ def solve(
             parts |= store_low_rank(*factors, shape.low_rank_bits)
             low_rank = _product(parts)
         loss = squared_error(residual - low_rank, seen, rows)
-        if loss >= least:
+        if not loss < least:
             break
         best, least = parts, loss
         if not shape.rank:
             break  # without a low-rank term another round would only repeat this one
-    assert best is not None
+    if best is None:
+        raise ValueError(f"The weight to quantise reaches {float(weight.abs().max()):.3g}, too far for float32 sums.")
     whole = squared_error(weight if perm is None else weight[:, perm], seen, rows)
     return Solution(_to_file_order(best, perm) | sparse, shape, least / max(whole, 1e-30))
 
@@ -201,7 +204,7 @@ def _scales(target: Tensor, shape: MatrixShape) -> tuple[Tensor, Tensor | None]:
     size = shape.group_size or target.shape[1]
     padding = groups * size - target.shape[1]
     blocks = torch.nn.functional.pad(target, (0, padding), value=float("nan")).unflatten(1, (groups, size))
-    tiny = torch.finfo(dtype).tiny
+    tiny = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny  # the least that is not zero
     zeros = None
     if shape.affine:
         low, high = _ignoring_padding(blocks, "amin"), _ignoring_padding(blocks, "amax")

@@ -1,7 +1,7 @@
 """What healing may train without a bit more in the file: low-rank factors, scales of the rows, and norms.
 
-Codes stay as they are. Factors and scales are rounded to their stored types again at the end, and norms, which a
-quantised model keeps in full precision anyway, to that of the model.
+Codes stay as they are. Factors and scales, with the outliers of their rows, are rounded to their stored types again at
+the end, and norms, which a quantised model keeps in full precision anyway, to that of the model.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,6 +35,8 @@ def trainable_parts(
     model: nn.Module, layers: Mapping[str, ReALLMLinear], kinds: tuple[str, ...]
 ) -> Iterator[dict[str, Trainable]]:
     """Everything of these ``kinds`` as parameters by name, in force within the block and stored at its end.
+
+    A block that ends in an exception stores nothing: the model is as it was.
 
     Names are ``layer.lr_a``, ``layer.lr_b``, ``layer.gain`` (a factor for each row of the decoded weight) and
     ``norm.weight``. All else is frozen meanwhile, and codes are decoded once.
@@ -114,15 +116,19 @@ def _in_force(layer: ReALLMLinear, parts: Mapping[str, nn.Parameter]) -> Iterato
     hook = layer.register_forward_hook(add)
     try:
         yield
-    finally:
-        hook.remove()
-        layer.decode_mode = mode
+    except BaseException:
+        layer.set_low_rank_parts(kept, bits)
+        raise
+    else:
         if gain is not None:
             layer.scale_rows(gain.detach())
         if "lr_a" in parts:
             layer.set_low_rank(lr_a, lr_b, bits)
-        elif kept:
+        else:
             layer.set_low_rank_parts(kept, bits)
+    finally:
+        hook.remove()
+        layer.decode_mode = mode
 
 
 def _scaled(output: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,11 +149,14 @@ def _norm_in_force(norm: nn.Module, weight: nn.Parameter) -> Iterator[None]:
         module.weight = weight.clone().to(own.dtype)
 
     hook = norm.register_forward_pre_hook(put)
+    trained = False
     try:
         yield
+        trained = True
     finally:
         hook.remove()
         norm.__dict__.pop("weight", None)
         norm.register_parameter("weight", own)
-        with torch.no_grad():
-            own.copy_(weight)
+        if trained:
+            with torch.no_grad():
+                own.copy_(weight)
