@@ -150,8 +150,8 @@ def test_the_gradient_is_that_of_the_dense_product():
     assert_close("gradient", expected, actual, 1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5])
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_single_weights_are_added_with_their_gradient(rows, dtype, rank):
     plain = random_weight(19, 11, 2, 6, perm=True, rank=rank)
@@ -163,8 +163,16 @@ def test_single_weights_are_added_with_their_gradient(rows, dtype, rank):
     dense[2, 5] += 0.5
     if rank:
         dense = dense + weight.lr_b.double() @ weight.lr_a.double()
-    for part in (x, x[:1, :1]):
+    for part in (x, x[0], x[0, 0]):
         assert_close("product", part @ dense.T, codebook_linear(part.float(), weight).double(), 1e-5)
     wanted = x.float().requires_grad_()
     codebook_linear(wanted, weight).sum().backward()
     assert_close("gradient", dense.sum(0).expand(2, rows, -1), wanted.grad.double(), 1e-5)
+
+
+@pytest.mark.parametrize("part, value", [("sparse_rows", 19), ("sparse_columns", -1), ("perm", 11), ("perm", -3)])
+def test_an_index_beyond_the_weight_is_refused(part, value):
+    weight = with_single_weights(random_weight(19, 11, 2, 6, perm=True))
+    getattr(weight, part)[0] = value
+    with pytest.raises(ValueError, match=f"{part} must be from 0 to"):
+        codebook_linear(torch.randn(1, 11), weight)

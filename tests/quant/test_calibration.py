@@ -83,6 +83,14 @@ def test_moments_are_those_of_the_inputs():
     assert moments.hessian("v_proj") is None
 
 
+def test_an_input_shared_once_need_not_be_shared_later():
+    x, y, moments = torch.randn(5, 3), torch.randn(4, 3), Moments()
+    for name, seen in (("a", x), ("b", x), ("a", x.clone()), ("b", y)):
+        moments.add(name, seen)
+    torch.testing.assert_close(moments.hessian("a"), x.T @ x / 5)
+    torch.testing.assert_close(moments.hessian("b"), (x.T @ x + y.T @ y) / 9)
+
+
 def test_output_gradients_are_those_of_the_loss_and_leave_the_model_alone():
     model = tiny_model()
     windows = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))

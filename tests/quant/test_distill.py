@@ -45,6 +45,7 @@ def test_each_stage_brings_the_student_nearer_and_changes_what_it_was_told_to(fo
     model, teacher = student(folder), tiny_model()
     before = gap(model, teacher)
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert any(name.endswith("sparse_values") for name in kept)
     needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     options = DistillOptions(train, **stages, **SHORT, lr=5e-3, block_lr=5e-3, relative_lr=1e-2)
     distill(model, teacher, IDS, options=options, progress=False)
@@ -113,7 +114,8 @@ def test_the_loss_is_the_divergence(folder):
 
 
 @pytest.mark.parametrize("stop", [3, 9])
-def test_an_interrupted_run_goes_on_to_the_same_result(folder, tmp_path, stop, monkeypatch):
+@pytest.mark.parametrize("same", [False, True])  # with the model of the interrupted run, or with one loaded again
+def test_an_interrupted_run_goes_on_to_the_same_result(folder, tmp_path, stop, same, monkeypatch):
     options = DistillOptions(block_epochs=1, steps=8, save_every=2, **SHORT)
     whole, resumed, teacher = student(folder), student(folder), tiny_model()
     losses = distill(whole, teacher, IDS, options=options, progress=False)
@@ -132,11 +134,15 @@ def test_an_interrupted_run_goes_on_to_the_same_result(folder, tmp_path, stop, m
         patched.setattr(module._Run, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             distill(resumed, teacher, IDS, options=options, folder=tmp_path, progress=False)
-    fresh = student(folder)
-    again = distill(fresh, teacher, IDS, options=options, folder=tmp_path, progress=False)
+    untouched, base = resumed.state_dict(), student(folder).state_dict()
+    assert untouched.keys() == base.keys() and all(torch.equal(untouched[name], base[name]) for name in base)
+    model = resumed if same else student(folder)
+    again = distill(model, teacher, IDS, options=options, folder=tmp_path, progress=False)
     assert again == pytest.approx(losses)
     for name, tensor in whole.state_dict().items():
-        torch.testing.assert_close(fresh.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="belongs to another model, or this one was healed since"):
+        distill(model, teacher, IDS, options=options, folder=tmp_path, progress=False)
     with pytest.raises(ValueError, match="use another folder"):
         distill(student(folder), teacher, IDS, options=DistillOptions(steps=9, **SHORT), folder=tmp_path)
 

@@ -116,3 +116,13 @@ def test_wrong_modes_are_refused():
         set_decode_mode(torch.nn.Linear(2, 2), "once")
     set_decode_mode(torch.nn.ModuleList([layer, layer_of(SHAPES[5])]), "low_memory")
     assert layer.decode_mode == "low_memory"
+
+
+def test_a_weight_decoded_in_inference_mode_trains_later():
+    layer, x = layer_of(SHAPES[0]), torch.randn(3, 41)
+    layer.decode_mode = "once"
+    with torch.inference_mode():
+        expected = layer(x)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert torch.equal(layer(x), expected) and x.grad is not None

@@ -34,7 +34,7 @@ def by_hand(weight, threshold):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 70), st.integers(1, 90), st.sampled_from([2.0, 3.0, 4.0]), st.integers(0, 9))
+@given(st.integers(12, 70), st.integers(90, 120), st.sampled_from([2.0, 3.0, 4.0]), st.integers(0, 9))
 def test_the_farthest_weights_are_kept_and_nothing_is_lost(out, columns, threshold, seed):
     weight = torch.randn(out, columns, generator=torch.Generator().manual_seed(seed)) ** 3
     parts, rest = split_outliers(weight, threshold)
@@ -68,6 +68,22 @@ def test_values_beyond_float16_are_left_to_the_codes():
     assert parts["sparse_values"].tolist() == [65504.0] and rest[3, 7] == 1e6 - 65504
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-25, 1e-9])
+def test_a_row_of_next_to_nothing_takes_no_place(size):
+    weight = heavy()
+    weight[0] = size * torch.randn(96, generator=torch.Generator().manual_seed(2))
+    parts, _ = split_outliers(weight, 4.0)
+    assert 0 not in parts["sparse_rows"] and (parts["sparse_values"] != 0).all()
+
+
+def test_a_shape_that_names_other_outliers_is_corrected():
+    weight = torch.ones(64, 96)
+    solution = solve(weight, MatrixShape(2, 6, outliers=5))
+    assert solution.shape.outliers == 0
+    with pytest.raises(ValueError, match=r"is stored in .*sparse_rows.*, got codebook, qweight, scales\."):
+        ReALLMLinear.from_parts(solution.parts, MatrixShape(2, 6, outliers=5), 96)
+
+
 @pytest.mark.parametrize("decoder", ["trellis", "identity", "pointwise", "context"])
 @pytest.mark.parametrize("hessian", [None, torch.eye(96)])
 def test_a_solved_matrix_has_its_outliers_exactly_and_loses_less(decoder, hessian):
@@ -79,9 +95,14 @@ def test_a_solved_matrix_has_its_outliers_exactly_and_loses_less(decoder, hessia
     assert clipped.shape.outliers == 0 and "sparse_values" not in clipped.parts
     assert solution.error < (0.5 if decoder == "trellis" else 0.9) * clipped.error  # k-means learns some of them
     x = torch.randn(2, 96, generator=torch.Generator().manual_seed(1))
+    wanted = torch.zeros(1, 96).add_(layer.weight.sum(0))
     for mode in ["once"] if decoder == "context" else ["on_the_fly", "once", "low_memory"]:
         layer.decode_mode = mode
         torch.testing.assert_close(layer(x), x @ layer.weight.T, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(layer(x.half()).float(), x @ layer.weight.T, atol=2e-2, rtol=2e-2)
+        gradient = torch.autograd.grad(layer(x.requires_grad_()).sum(), x)[0]
+        torch.testing.assert_close(gradient, wanted.expand(2, -1), atol=2e-5, rtol=1e-4)
+        x = x.detach()
 
 
 def test_a_gain_reaches_the_outliers_of_its_row():
@@ -91,6 +112,9 @@ def test_a_gain_reaches_the_outliers_of_its_row():
     expected = layer.weight * gain[:, None]
     layer.scale_rows(gain)
     torch.testing.assert_close(layer.weight, expected, rtol=1e-3, atol=1e-6)
+    layer.get_buffer("sparse_values")[0] = 65504
+    layer.scale_rows(gain + 1)
+    assert layer.get_buffer("sparse_values")[0] == 65504  # not infinite
 
 
 def test_fixed_codebooks_keep_none_unless_told_to():

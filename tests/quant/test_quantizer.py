@@ -17,8 +17,16 @@ IDS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(3))
 CALIBRATED = {"calibration": IDS, "windows": 8, "window_length": 32}
 
 
+@torch.no_grad()
 def saved_model(path, family="llama", **overrides):
-    tiny_model(family, **overrides).save_pretrained(path)
+    """A tiny model each of whose matrices has a few weights far beyond the others."""
+    model = tiny_model(family, **overrides)
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and name != "lm_head":
+            weight = module.weight.view(-1)
+            places = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0))[:3]
+            weight[places] = weight.std() * torch.tensor([20.0, -15.0, 10.0])
+    model.save_pretrained(path)
     return path
 
 
@@ -58,6 +66,8 @@ def test_what_was_quantised_on_loading_is_what_is_loaded_again(plain, tmp_path, 
     model, info = load(plain, quantization_config=ReALLMConfig(**options), dtype=dtype, output_loading_info=True)
     assert not any(info.values()), info
     assert len(quantized_layers(model)) == 28
+    fixed = options.get("codebook", "kmeans") != "kmeans"
+    assert all((layer.shape.outliers == 0) == fixed for layer in quantized_layers(model).values())
     assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
     batch = ragged_batch([9, 4])
     expected = model(**batch).logits
@@ -259,11 +269,41 @@ def edited(folder, tmp_path, change):
         (lambda q: q.update(new_option=1), "ReALLMConfig has no option 'new_option'"),
         (lambda q: q["shapes"][0].update(rates=[0, 64, 0, 0, 0, 0]), "mismatched"),
         (lambda q: q["shapes"][0].update(rates=[0, 0, 63, 0, 0, 0]), "rates of 63 columns for a matrix of 64"),
+        (lambda q: q["shapes"][0].update(outliers=0), "asks for the parts .*; the checkpoint holds .*sparse_rows"),
+        (lambda q: q["shapes"][0].update(outliers=9), "mismatched"),
+        (lambda q: q["shapes"][0].update(rank=0), "asks for the parts .*; the checkpoint holds .*lr_a"),
     ],
 )
 def test_a_config_of_another_version_is_refused(quantized, tmp_path, change, sentence):
     with pytest.raises((ValueError, RuntimeError), match=sentence):
         load(edited(quantized, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    "part, at, value, sentence",
+    [
+        ("sparse_rows", 0, 2**15 - 1, "has outliers outside it or twice in a place"),
+        ("sparse_columns", 1, -1, "has outliers outside it or twice in a place"),
+        ("perm", 5, 64, "is no permutation of 64 columns"),
+        ("perm", slice(0, 2), 3, "is no permutation of 64 columns"),
+    ],
+)
+def test_places_that_are_none_are_refused(quantized, tmp_path, part, at, value, sentence):
+    model = load(quantized)  # saved anew with them, so every checksum is right
+    model.model.layers[1].mlp.up_proj.get_buffer(part)[at] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model.layers.1.mlp.up_proj.*{sentence}"):
+        load(tmp_path)
+
+
+def test_two_outliers_in_one_place_are_refused(quantized, tmp_path):
+    model = load(quantized)
+    layer = model.model.layers[1].mlp.up_proj
+    for part in ("sparse_rows", "sparse_columns"):
+        layer.get_buffer(part)[:] = layer.get_buffer(part)[0]
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="twice in a place"):
+        load(tmp_path)
 
 
 @pytest.fixture
@@ -276,8 +316,8 @@ def full_disk():
 
 
 def test_format_1_is_still_read(plain, tmp_path):
-    """It had no trellis: neither ``state_bits`` nor ``rates``."""
-    model = load(plain, quantization_config=ReALLMConfig(bits=3, rank=2, decoder="identity"))
+    """It had no trellis and no outliers: neither ``state_bits`` nor ``rates``."""
+    model = load(plain, quantization_config=ReALLMConfig(bits=3, rank=2, decoder="identity", outliers=0))
     model.save_pretrained(tmp_path / "new")
 
     def age(saved):
@@ -285,10 +325,14 @@ def test_format_1_is_still_read(plain, tmp_path):
         for shape in (saved, *saved["shapes"]):
             shape.pop("state_bits")
             shape.pop("rates", None)
+            shape.pop("outliers")
 
     (tmp_path / "old").mkdir()
     batch = ragged_batch([9, 4])
-    assert torch.equal(load(edited(tmp_path / "new", tmp_path / "old", age))(**batch).logits, model(**batch).logits)
+    old = load(edited(tmp_path / "new", tmp_path / "old", age))
+    assert torch.equal(old(**batch).logits, model(**batch).logits)
+    old.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]["format_version"] == 3
 
 
 @pytest.mark.parametrize("shard", ["5GB", "40KB"])
@@ -341,6 +385,9 @@ def test_a_config_can_be_used_again(plain):
         ({"budget": 1, "calibration": IDS}, "budget must be from 1.5 to 16"),
         ({"preset": "slow"}, "preset must be one of fast, quality, got 'slow'"),
         ({"damping": 0}, "damping must be above 0"),
+        ({"outliers": 1}, "outliers must be 0, at least 2 or None, got 1"),
+        ({"outliers": "4"}, "outliers must be 0, at least 2 or None, got '4'"),
+        ({"outliers": float("inf")}, "outliers must be 0, at least 2 or None, got inf"),
         ({"windows": 0}, "windows must be a whole number, at least 1"),
         ({"bit": 3}, "ReALLMConfig has no option 'bit'; allowed: bits"),
         ({"decoder": "cnn"}, "decoder must be one of"),

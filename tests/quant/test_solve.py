@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -162,3 +164,33 @@ def test_what_cannot_be_represented_is_refused():
         solve(weight, MatrixShape())
     with pytest.raises(ValueError, match="must be a matrix"):
         solve(torch.zeros(3), MatrixShape())
+
+
+def test_more_bits_a_weight_leave_less_error_up_to_the_last():
+    weight = matrix(64, 96)
+    errors = [solve(weight, MatrixShape(1, bits)).error for bits in range(1, 9)]
+    assert all(more < 0.5 * less for less, more in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize(
+    "shape", [MatrixShape(2, 6, rank=2, permute=True), MatrixShape(2, 6, rank=2, decoder="trellis")]
+)
+@pytest.mark.parametrize("counting", [0, 1, 46])
+def test_rows_that_never_count_are_stored_all_the_same(shape, counting):
+    rows = torch.zeros(48)
+    rows[:counting] = 1.0
+    solution = solve(matrix(), shape, moments(), rows)
+    stored = dense(solution.parts, solution.shape, 96)
+    assert solution.error < 0.1 and torch.isfinite(stored).all()
+    assert relative_error(matrix(), stored, None) < 0.5
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0, 1e3])
+def test_the_size_of_a_matrix_does_not_matter(size):
+    shape = MatrixShape(2, 6, decoder="trellis")
+    assert solve(matrix() * size, shape).error == pytest.approx(solve(matrix(), shape).error, rel=0.2)
+
+
+def test_a_matrix_too_large_for_sums_is_refused():
+    with pytest.raises(ValueError, match=r"reaches 2.05e\+20, too far for float32 sums"):
+        solve(matrix() * 1e21, MatrixShape(2, 6, decoder="trellis"))
