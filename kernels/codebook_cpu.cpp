@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "elements.h"
+#include "terms.h"
 
 namespace {
 
@@ -151,34 +151,10 @@ float dot_any(const Weight *w, const uint8_t *codes, int64_t n, const float *x) 
     }
 }
 
-int64_t column_of(const Weight *w, int64_t k) {
-    if (!w->perm) return k;
-    return read_index(w->perm, k, w->perm_bytes);
-}
-
 // inputs [codes in a row, width] in the order of the codes; what is beyond a codeword or the row stays zero
 void lay_out(const Weight *w, const float *line, float *inputs) {
     for (int64_t k = 0; k < w->in; inputs += w->width)
         for (int32_t t = 0; t < w->size && k < w->in; t++, k++) inputs[t] = line[column_of(w, k)];
-}
-
-template <typename T>
-float dot_factor(const T *a, const float *x, int64_t n) {
-    float total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < n; j++) total += float(a[j]) * x[j];
-    return total;
-}
-
-// low [rank] = lr_a x
-void to_low(const Weight *w, const float *line, float *low) {
-    for (int64_t i = 0; i < w->rank; i++) {
-        const int64_t at = i * w->in;
-        if (w->lr_type == F32) low[i] = dot_factor(static_cast<const float *>(w->lr_a) + at, line, w->in);
-        else if (w->lr_type == I8) low[i] = dot_factor(static_cast<const int8_t *>(w->lr_a) + at, line, w->in);
-        else low[i] = dot_factor(static_cast<const _Float16 *>(w->lr_a) + at, line, w->in);
-        if (w->lr_scale) low[i] *= w->lr_scale[i];
-    }
 }
 
 // Codewords of a row one after the other; a whole padded codeword is copied, the next one overwrites what is too much.

@@ -73,12 +73,4 @@ inline int64_t read_index(const void *data, int64_t at, int32_t bytes) {
     return bytes == 2 ? static_cast<const int16_t *>(data)[at] : static_cast<const int32_t *>(data)[at];
 }
 
-// y [out] += the single weights of W times x [in]
-template <typename W>
-void add_sparse(const W *w, const float *x, float *y) {
-    for (int64_t i = 0; i < w->sparse; i++)
-        y[read_index(w->sparse_rows, i, w->place_bytes)] +=
-            half_to_float(w->sparse_values[i]) * x[read_index(w->sparse_columns, i, w->place_bytes)];
-}
-
 }  // namespace

@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-#include "elements.h"
+#include "terms.h"
 
 namespace {
 
@@ -80,14 +80,6 @@ void add_column(const uint8_t *column, int64_t size, int64_t left, int64_t begin
     for (; g < end && g * width < 2; g++) add(g, word_of(column, size, left, width, g));
     for (; g < end && g * width + 6 <= left; g++) add(g, load_word(column + g * width - 2));
     for (; g < end; g++) add(g, word_of(column, size, left, width, g));
-}
-
-template <typename T>
-void project(const T *a, const float *line, int64_t n, float *total) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += float(a[j]) * line[j];
-    *total = sum;
 }
 
 // One step of the Viterbi algorithm for all states: `cost` to `next`, and which of the 2^width states each best way
@@ -171,11 +163,6 @@ struct Weight {
     int32_t state_bits, scale_type, perm_bytes, lr_type, place_bytes;
 };
 
-static int64_t column_of(const Weight *w, int64_t k) {
-    if (!w->perm) return k;
-    return read_index(w->perm, k, w->perm_bytes);
-}
-
 static const float *table_of(const Weight *w, int32_t width) { return w->tables + (int64_t(width - 1) << w->state_bits); }
 
 // y [rows, out] = x [rows, in] times the weight, all terms included; at most four rows at a time
@@ -185,13 +172,7 @@ void gemv(const Weight *w, const void *x, void *y, int64_t rows, int32_t type, i
         read_row(x, r * w->in, line.data(), w->in, type);
         for (int64_t k = 0; k < w->in; k++) inputs[r * w->in + k] = line[column_of(w, k)];
         add_sparse(w, line.data(), &single[r * w->out]);
-        for (int64_t i = 0; i < w->rank; i++) {
-            float *total = &low[r * w->rank + i];
-            if (w->lr_type == F32) project(static_cast<const float *>(w->lr_a) + i * w->in, line.data(), w->in, total);
-            else if (w->lr_type == I8) project(static_cast<const int8_t *>(w->lr_a) + i * w->in, line.data(), w->in, total);
-            else project(static_cast<const _Float16 *>(w->lr_a) + i * w->in, line.data(), w->in, total);
-            if (w->lr_scale) *total *= w->lr_scale[i];
-        }
+        to_low(w, line.data(), low.data() + r * w->rank);
     }
     const int64_t groups = (w->out + 7) / 8, padded = 8 * groups;
     std::vector<float> result(rows * padded, 0.0f);

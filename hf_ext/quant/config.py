@@ -28,7 +28,7 @@ MAX_VECTOR_SIZE = 4  # longer vectors pay little with at most 256 codewords
 
 
 class ReALLMConfig(QuantizationConfigMixin):
-    """Quantise linear layers with ReALLM (arXiv 2405.13155): codes of 1 to 8 bits a weight and a low-rank term.
+    """Quantise linear layers with ReALLM (arXiv 2405.13155): codes of 1 to 8 bits a weight, outliers, a low-rank term.
 
     Without ``calibration`` matrices are quantised while the checkpoint is read, one at a time. With it, the model is
     loaded and then quantised layer by layer, each layer on the inputs that the quantised layers before it produce.

@@ -1,8 +1,8 @@
 """`MatrixShape`: how one matrix is stored, and exactly how many bytes that takes.
 
 ReALLM (arXiv 2405.13155) adapts the shape of the latent to each matrix. Here a shape is a vector size, bits per code
-(of a trellis: per column), rank, decoder and kind of scales; QLoRA's NF4, LoftQ, round-to-nearest and plain vector
-quantisation are shapes too.
+(of a trellis: per column), rank, decoder, kind of scales and number of outliers; QLoRA's NF4, LoftQ, round-to-nearest
+and plain vector quantisation are shapes too.
 """
 
 from dataclasses import dataclass, replace
