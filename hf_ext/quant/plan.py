@@ -21,8 +21,8 @@ LATTICE = ((4, 6), (4, 7), (4, 8), (3, 7), (2, 5), (3, 8), (2, 6), (2, 7), (2, 8
 # quarters of a bit from 1.5 to 5, for a trellis
 QUARTERS = tuple((4, quarters) for quarters in range(6, 21))
 RANKS = (0, 2, 4, 8, 16)
-# Predicted losses say that a trellis needs no low-rank term. On text that is not the calibration text it does: without
-# one, queries and keys lose 4 to 16 times as much, all of it in one or two directions.
+# Predicted losses ask for no low-rank term beside a trellis, and with outliers apart the measured ones ask for little
+# (docs/reallm.md). The least rank is what healing and adapters train.
 TRELLIS_RANKS = (2, 4, 8, 16)
 
 
