@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.kernels.codebook_cpu import decode_compiled, gemv_compiled
-from hf_ext.kernels.decoded_linear import decoded_linear, product_dtype
+from hf_ext.kernels.decoded_linear import add_sparse, decoded_linear, product_dtype
 from hf_ext.kernels.pack import unpack
 
 
@@ -52,22 +52,22 @@ class CodebookWeight:
 
 
 def decode_reference(weight: CodebookWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight ``[out, in]`` of the codes alone."""
+    """The dense weight ``[out, in]`` without its low-rank term."""
     size = weight.table.shape[1]
     codes = unpack(weight.qweight, weight.code_bits, -(-weight.in_features // size))
     values = weight.table.float()[codes.long()].flatten(1)[:, : weight.in_features]
     values = scale_groups(values, weight.scales, weight.zeros, weight.group)
-    return to_columns(values, weight.perm).to(dtype)
+    return add_sparse(to_columns(values, weight.perm).to(dtype), weight)
 
 
 def decode(weight: CodebookWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`decode_reference` on the fastest path that this device has."""
     dense = decode_compiled(weight, dtype)
-    return decode_reference(weight, dtype) if dense is None else dense
+    return decode_reference(weight, dtype) if dense is None else add_sparse(dense, weight)
 
 
 def codebook_linear(x: Tensor, weight: CodebookWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ (Q + lr_b @ lr_a + S).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
+    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
     return decoded_linear(x, weight, bias, gemv_compiled, _multiply, decode)
 
 

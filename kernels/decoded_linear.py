@@ -25,14 +25,13 @@ def decoded_linear(
     multiply: Multiply,
     decode: Decode,
 ) -> Tensor:
-    """``x @ (Q + lr_b @ lr_a + S).T + bias`` for ``x`` ``[..., in]``, without keeping ``Q`` dense.
+    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, without keeping ``Q`` dense.
 
     The gradient with respect to ``x`` decodes again; the stored weight gets none. Results come in the type of ``x``.
 
     Args:
         x: the inputs.
-        weight: the stored weight, with ``lr_a``, ``lr_b`` and ``lr_scale``, and of S ``sparse_rows``,
-            ``sparse_columns`` and ``sparse_values``, or None in their place.
+        weight: the stored weight, with ``lr_a``, ``lr_b`` and ``lr_scale`` or None in their place.
         bias: ``[out]``, or None.
         gemv: the whole product of a few rows, all terms included, or None where it cannot.
         multiply: ``x @ Q.T`` for any number of rows.
@@ -44,7 +43,6 @@ def decoded_linear(
         y = _DecodedProduct.apply(x, weight, multiply, decode) if differentiable else multiply(x, weight)
         if weight.lr_a is not None and weight.lr_b is not None:
             y = y + low_rank_product(x, weight.lr_a, weight.lr_b, weight.lr_scale)
-        y = add_sparse_product(y, x, weight)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -54,6 +52,14 @@ def low_rank_product(x: Tensor, lr_a: Tensor, lr_b: Tensor, lr_scale: Tensor | N
     dtype = product_dtype(x.dtype, x.device.type)
     low = torch.nn.functional.linear(x.to(dtype), lr_a.to(dtype))
     return torch.nn.functional.linear(low, lr_b.to(dtype)).to(x.dtype)
+
+
+def add_sparse(dense: Tensor, weight: Any) -> Tensor:
+    """Add the single weights of a stored weight to ``dense`` ``[out, in]``, in place."""
+    if weight.sparse_values is not None:
+        places = weight.sparse_rows.long(), weight.sparse_columns.long()
+        dense.index_put_(places, weight.sparse_values.to(dense.dtype), accumulate=True)
+    return dense
 
 
 def add_sparse_product(y: Tensor, x: Tensor, weight: Any) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.kernels.codebook import to_columns
-from hf_ext.kernels.decoded_linear import decoded_linear, product_dtype
+from hf_ext.kernels.decoded_linear import add_sparse, add_sparse_product, decoded_linear, product_dtype
 from hf_ext.kernels.trellis_cpu import decode_compiled, gemv_compiled, viterbi_compiled
 
 MAX_WIDTH = 6  # bits a weight
@@ -91,14 +91,14 @@ def states_of(codes: Tensor, width: int, state_bits: int) -> Tensor:
 
 
 def decode_reference(weight: TrellisWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense weight ``[out, in]`` of the codes alone."""
-    return to_columns(_decode_columns(weight).t(), weight.perm).to(dtype)
+    """The dense weight ``[out, in]`` without its low-rank term."""
+    return add_sparse(to_columns(_decode_columns(weight).t(), weight.perm).to(dtype), weight)
 
 
 def decode(weight: TrellisWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """`decode_reference` on the fastest path that this device has."""
     columns = decode_compiled(weight, trellis_tables(weight.state_bits), dtype)
-    return decode_reference(weight, dtype) if columns is None else columns.t()
+    return decode_reference(weight, dtype) if columns is None else add_sparse(columns.t(), weight)
 
 
 def column_slices(weight: TrellisWeight, count: int) -> list[tuple[Tensor, TrellisWeight]]:
@@ -116,7 +116,7 @@ def column_slices(weight: TrellisWeight, count: int) -> list[tuple[Tensor, Trell
 
 
 def trellis_linear(x: Tensor, weight: TrellisWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ (Q + lr_b @ lr_a + S).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
+    """``x @ (Q + lr_b @ lr_a).T + bias`` for ``x`` ``[..., in]``, as `decoded_linear` computes it."""
     return decoded_linear(x, weight, bias, _gemv, _multiply, decode)
 
 
@@ -187,7 +187,7 @@ def _multiply(x: Tensor, weight: TrellisWeight) -> Tensor:
     """
     dtype = product_dtype(x.dtype, x.device.type)
     columns = decode_compiled(weight, trellis_tables(weight.state_bits), dtype)
-    if columns is None:
-        x = x if weight.perm is None else x.index_select(-1, weight.perm.to(torch.int32))
-        columns = _decode_columns(weight).to(dtype)
-    return (x.to(dtype) @ columns).to(x.dtype)
+    if columns is not None:
+        return (x.to(dtype) @ add_sparse(columns.t(), weight).t()).to(x.dtype)
+    ordered = x if weight.perm is None else x.index_select(-1, weight.perm.to(torch.int32))
+    return add_sparse_product((ordered.to(dtype) @ _decode_columns(weight).to(dtype)).to(x.dtype), x, weight)

@@ -31,7 +31,7 @@ from hf_ext.quant.shape import MatrixShape
 from hf_ext.quant.trellis import column_widths
 
 Parts = dict[str, Tensor]
-TERMS = (*LOW_RANK, *SPARSE)
+TERMS = (*LOW_RANK, *SPARSE)  # what kernels take last, in this order
 
 
 def empty_parts(shape: MatrixShape, out_features: int, in_features: int, device: str | torch.device) -> Parts:
@@ -94,9 +94,7 @@ def codewords(parts: Parts, shape: MatrixShape) -> Tensor:
     return tabulate(restore(parts["decoder"], parts["decoder_steps"], shapes, shape.decoder_bits))
 
 
-def codebook_weight(
-    parts: Parts, shape: MatrixShape, in_features: int, table: Tensor | None = None, terms: bool = True
-) -> CodebookWeight:
+def codebook_weight(parts: Parts, shape: MatrixShape, in_features: int, table: Tensor | None = None) -> CodebookWeight:
     """The parts as the kernels take them; ``table`` saves tabulating again."""
     return CodebookWeight(
         parts["qweight"],
@@ -107,11 +105,11 @@ def codebook_weight(
         shape.group_size or in_features,
         parts.get("zeros"),
         parts.get("perm"),
-        *_terms(parts, terms),
+        *(parts.get(name) for name in TERMS),
     )
 
 
-def trellis_weight(parts: Parts, shape: MatrixShape, in_features: int, terms: bool = True) -> TrellisWeight:
+def trellis_weight(parts: Parts, shape: MatrixShape, in_features: int) -> TrellisWeight:
     """The parts of a trellis as the kernels take them."""
     widths = column_widths(shape.column_rates(in_features)).to(parts["qweight"].device)
     return TrellisWeight(
@@ -120,28 +118,19 @@ def trellis_weight(parts: Parts, shape: MatrixShape, in_features: int, terms: bo
         parts["scales"],
         shape.state_bits,
         parts.get("perm"),
-        *_terms(parts, terms),
+        *(parts.get(name) for name in TERMS),
     )
-
-
-def _terms(parts: Parts, wanted: bool) -> tuple[Tensor | None, ...]:
-    """What is added to the codes' weight, in the order of the kernels."""
-    return tuple(parts.get(name) for name in TERMS) if wanted else ()
 
 
 def dense_quantized(parts: Parts, shape: MatrixShape, in_features: int, dtype: torch.dtype) -> Tensor:
     """The dense weight ``[out, in]`` without the low-rank term."""
-    return add_outliers(_dense_codes(parts, shape, in_features, dtype), parts)
-
-
-def _dense_codes(parts: Parts, shape: MatrixShape, in_features: int, dtype: torch.dtype) -> Tensor:
     if shape.decoder == "trellis":
-        return trellis.decode(trellis_weight(parts, shape, in_features, terms=False), dtype)
+        return trellis.decode(trellis_weight(parts, shape, in_features), dtype)
     if shape.decoder != "context":
-        return decode(codebook_weight(parts, shape, in_features, terms=False), dtype)
+        return decode(codebook_weight(parts, shape, in_features), dtype)
     values = context_values(parts, shape, in_features)[:, :in_features]
     values = scale_groups(values, parts["scales"], parts.get("zeros"), shape.group_size or in_features)
-    return to_columns(values, parts.get("perm")).to(dtype)
+    return add_outliers(to_columns(values, parts.get("perm")).to(dtype), parts)
 
 
 def context_values(parts: Parts, shape: MatrixShape, in_features: int) -> Tensor:

@@ -297,7 +297,7 @@ def _unscaled(parts: Parts, shape: MatrixShape, in_features: int) -> Tensor:
     if shape.decoder == "context":
         return context_values(parts, shape, in_features)[:, :in_features]
     if shape.decoder == "trellis":
-        weight = trellis_weight(parts, shape, in_features, terms=False)
+        weight = trellis_weight(parts, shape, in_features)
         return trellis.decode(replace(weight, scales=torch.ones(len(parts["scales"]), 1)))
     codes = unpack(parts["qweight"], shape.code_bits, -(-in_features // shape.vector_size))
     return codewords(parts, shape)[codes.long()].flatten(1)[:, :in_features]
