@@ -102,7 +102,7 @@ def distill(
         tokenizer: for texts that are no token ids.
         options: how to train.
         folder: where the state is kept; a call with the same folder, texts and options goes on where the last one
-            stopped, with the same result. None keeps nothing.
+            stopped, with the same result. None keeps nothing. An interrupted call leaves the model as it was.
         progress: draw a progress bar.
 
     Returns:

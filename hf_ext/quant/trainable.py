@@ -117,14 +117,15 @@ def _in_force(layer: ReALLMLinear, parts: Mapping[str, nn.Parameter]) -> Iterato
     try:
         yield
     except BaseException:
-        layer.set_low_rank_parts(kept, bits)
+        if kept:
+            layer.set_low_rank_parts(kept, bits)
         raise
     else:
         if gain is not None:
             layer.scale_rows(gain.detach())
         if "lr_a" in parts:
             layer.set_low_rank(lr_a, lr_b, bits)
-        else:
+        elif kept:
             layer.set_low_rank_parts(kept, bits)
     finally:
         hook.remove()
