@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_ext.kernels import trellis
+from hf_ext.kernels.decoded_linear import GEMV_ROWS
 from hf_ext.kernels.trellis import (
     STEPS,
     TrellisWeight,
@@ -20,6 +21,7 @@ from hf_ext.kernels.trellis import (
     viterbi,
     viterbi_reference,
 )
+from hf_ext.kernels.trellis_cpu import gemv_compiled
 from hf_ext.testing import assert_close
 
 
@@ -159,3 +161,9 @@ def test_an_index_beyond_the_weight_is_refused(part, value):
     getattr(weight, part)[0] = value
     with pytest.raises(ValueError, match=f"{part} must be from 0 to"):
         trellis_linear(torch.randn(1, 11), weight)
+
+
+def test_the_compiled_product_leaves_many_rows_to_others():
+    weight = random_weight(19, [3] * 11)
+    tables = trellis_tables(weight.state_bits)
+    assert gemv_compiled(torch.randn(GEMV_ROWS + 1, 11), weight, tables) is None

@@ -182,6 +182,14 @@ def test_dequantising_gives_a_plain_model(quantized, tmp_path):
     assert not config.get("quantization_config") and not config.get("fusion_config")
 
 
+def test_dequantising_in_another_type_takes_biases_along(tmp_path):
+    model = load(saved_model(tmp_path, "qwen2"), quantization_config=ReALLMConfig(bits=4, rank=2))
+    plain = model.dequantize(dtype=torch.bfloat16)
+    layers = [module for name, module in plain.named_modules() if name.endswith("_proj")]
+    assert any(layer.bias is not None for layer in layers)
+    assert all(parameter.dtype == torch.bfloat16 for layer in layers for parameter in layer.parameters())
+
+
 def in_a_new_process(code, **environment):
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
