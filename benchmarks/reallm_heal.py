@@ -39,8 +39,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, nargs="+", help="texts to measure on")
     parser.add_argument("--kinds", nargs="+", default=["low_rank", "scales", "norms"], help="what trains")
     parser.add_argument("--steps", type=int, default=120, help="steps of one window of 512 tokens")
-    parser.add_argument("--own-windows", type=int, help="of the model's own writing (default: half of the steps)")
-    parser.add_argument("--own-seed", type=int, default=11, help="of that writing, 64 windows a seed")
+    parser.add_argument("--own-seed", type=int, default=11, help="of the model's own writing, 64 windows a seed")
     parser.add_argument("--lr", type=float, default=5e-4, help="of low-rank factors")
     parser.add_argument("--relative-lr", type=float, default=1e-3, help="of scales and norms, in parts of their size")
     parser.add_argument("--window", type=int, default=2048)
@@ -100,12 +99,12 @@ def _heal(
 
 
 def _windows(teacher: Any, tokenizer: Any, arguments: argparse.Namespace) -> torch.Tensor:
-    """Text to train on and the model's own in turn; with fewer windows than steps, all come round again."""
+    """Text to train on and the model's own, in turn: one window for every step."""
     from hf_ext.quant.calibration import calibration_windows, in_turn
 
-    count = arguments.steps // 2 if arguments.own_windows is None else arguments.own_windows
-    own = own_text(teacher, tokenizer, count, LENGTH, arguments.work, arguments.own_seed, BATCH)
-    return in_turn(calibration_windows(arguments.train, tokenizer, count, LENGTH), own)
+    half = arguments.steps // 2
+    own = own_text(teacher, tokenizer, half, LENGTH, arguments.work, arguments.own_seed, BATCH)
+    return in_turn(calibration_windows(arguments.train, tokenizer, arguments.steps - half, LENGTH), own)
 
 
 @contextmanager

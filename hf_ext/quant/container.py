@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_ext.kernels import trellis
 from hf_ext.kernels.codebook import CodebookWeight, decode, scale_groups, to_columns
-from hf_ext.kernels.decoded_linear import LOW_RANK, SPARSE
+from hf_ext.kernels.decoded_linear import LOW_RANK, SPARSE, add_sparse
 from hf_ext.kernels.pack import packed_bytes, unpack
 from hf_ext.kernels.trellis import TrellisWeight
 from hf_ext.quant.decoder import (
@@ -26,7 +26,7 @@ from hf_ext.quant.decoder import (
     tabulate,
 )
 from hf_ext.quant.low_rank import restore_low_rank
-from hf_ext.quant.outliers import add_outliers, index_type, sparse_parts
+from hf_ext.quant.outliers import index_type, sparse_parts
 from hf_ext.quant.shape import MatrixShape
 from hf_ext.quant.trellis import column_widths
 
@@ -130,7 +130,7 @@ def dense_quantized(parts: Parts, shape: MatrixShape, in_features: int, dtype: t
         return decode(codebook_weight(parts, shape, in_features), dtype)
     values = context_values(parts, shape, in_features)[:, :in_features]
     values = scale_groups(values, parts["scales"], parts.get("zeros"), shape.group_size or in_features)
-    return add_outliers(to_columns(values, parts.get("perm")).to(dtype), parts)
+    return add_sparse(to_columns(values, parts.get("perm")).to(dtype), codebook_weight(parts, shape, in_features))
 
 
 def context_values(parts: Parts, shape: MatrixShape, in_features: int) -> Tensor:

@@ -26,18 +26,23 @@ def split_outliers(weight: Tensor, threshold: float) -> tuple[dict[str, Tensor],
         ``sparse_rows`` and ``sparse_columns`` (integers ``[n]``) with ``sparse_values`` (float16 ``[n]``), row by row,
         empty where there are none; and what is left, in which their places hold what float16 has rounded off.
     """
-    part = weight.abs() / weight.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    if not threshold:
+        return {}, weight
+    size = weight.abs()
+    part = size / size.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     times = part / part.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
     beyond = times * (times > threshold) * (weight.half() != 0)  # not what float16 rounds to nothing
-    count = min(int((beyond > 0).sum()), int(MOST * weight.numel()) if threshold else 0)
+    count = min(int((beyond > 0).sum()), int(MOST * weight.numel()))
     if not count:
         return {}, weight
     places = beyond.flatten().topk(count).indices.sort().values
     kept = sparse_parts(count, weight.shape[0], weight.shape[1], weight.device)
     kept["sparse_rows"].copy_(places // weight.shape[1])
     kept["sparse_columns"].copy_(places % weight.shape[1])
-    kept["sparse_values"].copy_(weight.flatten()[places].clamp(-LARGEST, LARGEST))
-    return kept, add_outliers(weight.clone(), kept, -1)
+    rest = weight.flatten().clone()
+    kept["sparse_values"].copy_(rest[places].clamp(-LARGEST, LARGEST))
+    rest[places] -= kept["sparse_values"].float()
+    return kept, rest.view_as(weight)
 
 
 def sparse_parts(count: int, out: int, columns: int, device: str | torch.device) -> dict[str, Tensor]:
@@ -45,14 +50,6 @@ def sparse_parts(count: int, out: int, columns: int, device: str | torch.device)
     place = index_type(max(out, columns))
     types = zip(SPARSE, (place, place, torch.float16), strict=True)
     return {name: torch.empty(count, dtype=dtype, device=device) for name, dtype in types}
-
-
-def add_outliers(dense: Tensor, parts: dict[str, Tensor], factor: float = 1) -> Tensor:
-    """Add ``factor`` times the outliers among ``parts`` to ``dense`` ``[out, in]``, in place."""
-    if "sparse_values" in parts:
-        places = parts["sparse_rows"].long(), parts["sparse_columns"].long()
-        dense[places] += factor * parts["sparse_values"].to(dense.dtype)
-    return dense
 
 
 def index_bytes(size: int) -> int:

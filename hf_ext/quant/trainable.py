@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_ext.kernels.decoded_linear import low_rank_product
 from hf_ext.quant.linear import ReALLMLinear
+from hf_ext.quant.low_rank import store_low_rank
 
 KINDS = ("low_rank", "scales", "norms")
 
@@ -116,20 +117,15 @@ def _in_force(layer: ReALLMLinear, parts: Mapping[str, nn.Parameter]) -> Iterato
     hook = layer.register_forward_hook(add)
     try:
         yield
-    except BaseException:
-        if kept:
-            layer.set_low_rank_parts(kept, bits)
-        raise
-    else:
         if gain is not None:
             layer.scale_rows(gain.detach())
         if "lr_a" in parts:
-            layer.set_low_rank(lr_a, lr_b, bits)
-        elif kept:
-            layer.set_low_rank_parts(kept, bits)
+            kept = store_low_rank(parts["lr_a"].detach(), parts["lr_b"].detach(), bits)
     finally:
         hook.remove()
         layer.decode_mode = mode
+        if kept:
+            layer.set_low_rank_parts(kept, bits)
 
 
 def _scaled(output: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
@@ -150,14 +146,11 @@ def _norm_in_force(norm: nn.Module, weight: nn.Parameter) -> Iterator[None]:
         module.weight = weight.clone().to(own.dtype)
 
     hook = norm.register_forward_pre_hook(put)
-    trained = False
     try:
         yield
-        trained = True
+        with torch.no_grad():
+            own.copy_(weight)
     finally:
         hook.remove()
         norm.__dict__.pop("weight", None)
         norm.register_parameter("weight", own)
-        if trained:
-            with torch.no_grad():
-                own.copy_(weight)

@@ -1,5 +1,4 @@
 import itertools
-from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -42,13 +41,6 @@ def random_weight(out, widths, state_bits=8, perm=False, rank=0, int8=False, see
         torch.randperm(columns, generator=g).to(torch.int16) if perm else None,
         *factors,
     )
-
-
-def with_single_weights(weight, dtype=torch.int16):
-    """The same with three single weights, two of them in one column and two in one row."""
-    rows, columns = torch.tensor([[0, 2, 2], [1, 1, 5]], dtype=dtype)
-    values = torch.tensor([3.0, -7.0, 0.5]).half()
-    return replace(weight, sparse_rows=rows, sparse_columns=columns, sparse_values=values)
 
 
 def by_hand(weight):
@@ -138,29 +130,14 @@ def test_two_bits_leave_less_error_than_any_scalar_or_short_vector_quantiser():
 @pytest.mark.parametrize("rows", [1, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_single_weights_are_added_with_their_gradient(rows, dtype, rank):
-    plain = random_weight(19, [4] * 3 + [3] * 6 + [1] * 2, perm=True, rank=rank)
-    weight = with_single_weights(plain, dtype)
-    x = torch.randn(2, rows, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    dense = by_hand(weight)
-    dense[0, 1] += 3
-    dense[2, 1] -= 7
-    dense[2, 5] += 0.5
-    if rank:
-        dense = dense + weight.lr_b.double() @ weight.lr_a.double()
-    for part in (x, x[0], x[0, 0]):
-        assert_close("product", part @ dense.T, trellis_linear(part.float(), weight).double(), 1e-5)
-    wanted = x.float().requires_grad_()
-    trellis_linear(wanted, weight).sum().backward()
-    assert_close("gradient", dense.sum(0).expand(2, rows, -1), wanted.grad.double(), 1e-5)
+def test_single_weights_are_added_with_their_gradient(check_single_weights, rows, dtype, rank):
+    weight = random_weight(19, [4] * 3 + [3] * 6 + [1] * 2, perm=True, rank=rank)
+    check_single_weights(weight, by_hand(weight), trellis_linear, rows, dtype)
 
 
 @pytest.mark.parametrize("part, value", [("sparse_rows", 19), ("sparse_columns", -1), ("perm", 11), ("perm", -3)])
-def test_an_index_beyond_the_weight_is_refused(part, value):
-    weight = with_single_weights(random_weight(19, [4] * 3 + [3] * 6 + [1] * 2, perm=True))
-    getattr(weight, part)[0] = value
-    with pytest.raises(ValueError, match=f"{part} must be from 0 to"):
-        trellis_linear(torch.randn(1, 11), weight)
+def test_an_index_beyond_the_weight_is_refused(check_index_is_refused, part, value):
+    check_index_is_refused(random_weight(19, [4] * 3 + [3] * 6 + [1] * 2, perm=True), trellis_linear, part, value)
 
 
 def test_the_compiled_product_leaves_many_rows_to_others():
